@@ -1,0 +1,1619 @@
+"""What the scripts of CleanAug share. Read it in this order:
+
+    constants     data sets, corruptions, paths, InputError
+    data          load_split, digits, modified digits, batches, affine_warp, mild_augmentation
+    corruptions   CORRUPTIONS, corrupt, contact_sheet
+    models        ResNeXt-29, Wide ResNet, build_model, load_weights, digits_weights
+    machine       device, mixed precision, processes, seeds
+    checkpoints   atomic files
+    evaluation    predict_logits, evaluate
+    results       command line, run directory, logs, results.json, the table over seeds
+
+Nothing happens on import. As a program it prints a Markdown table of mean ± std over seeds, trains a classifier for
+digits, or draws what the corruptions look like:
+
+    python common.py RUN_DIR [RUN_DIR ...]
+    python common.py --train-weights resnext
+    python common.py --contact-sheet out.png
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constants
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent
+WEIGHTS = ROOT / "weights"
+
+NUM_CLASSES = {"digits": 10}
+SPLITS = ("train", "val", "test")
+
+
+class InputError(ValueError):
+    """Bad input: the message is one line that says what is wrong, where, and what to do. `run_script` turns it into exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: small sets are uint8 tensors that live on the device; a batch is an index into them, there are no loader workers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_split(dataset: str, split: str, data_root: str | Path = "data") -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (N, 3, H, W) uint8 and labels (N,) int64 of one split of a set that fits in memory.
+
+    dataset: "digits"; split: "train", "val" or "test". Raises InputError where the files are missing or damaged.
+    """
+    if split not in SPLITS:
+        raise InputError(f"unknown split '{split}': choose from {', '.join(SPLITS)}")
+    if dataset == "digits":
+        return load_digits(split, data_root)
+    raise InputError(f"unknown data set '{dataset}': choose from {', '.join(NUM_CLASSES)}")
+
+
+def load_digits(split: str, data_root: str | Path = "data") -> tuple[torch.Tensor, torch.Tensor]:
+    """UCI digits (Alpaydin & Kaynak 1998) as 3×32×32: 1,000 training, 197 validation, 600 test images.
+
+    The 8×8 integers 0..16 are enlarged bilinearly to 20 px and stand in the middle of a black 32 px canvas. The split is
+    stored in the file: stratified, drawn once (data/README.md says how). Returns uint8 (N, 3, 32, 32) and int64 (N,).
+    """
+    file = find_data("digits.npz", data_root)
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            images, labels, splits = archive["images"], archive["labels"], archive["split"]
+        if images.shape != (1797, 8, 8) or labels.shape != (1797,) or splits.shape != (1797,):
+            raise ValueError(f"images {images.shape}, labels {labels.shape}, split {splits.shape}")
+    except Exception as error:  # zipfile, zlib, numpy and missing keys each raise their own
+        raise InputError(f"{file} is damaged ({error}): restore it from the repository (git checkout data/digits.npz)") from error
+    chosen = splits == SPLITS.index(split)
+    images = torch.from_numpy(images[chosen]).float()[:, None] / 16  # (N, 1, 8, 8) in [0, 1]
+    images = F.interpolate(images, size=(20, 20), mode="bilinear", align_corners=False)
+    images = F.pad(images, (6, 6, 6, 6))  # (N, 1, 32, 32)
+    images = (images * 255).round().to(torch.uint8).repeat(1, 3, 1, 1)
+    return images, torch.from_numpy(labels[chosen].astype(np.int64))
+
+
+def find_data(name: str, data_root: str | Path) -> Path:
+    """The file `name` under data_root, which is looked for in the working directory first and then beside this file."""
+    candidates = [Path(data_root) / name, ROOT / data_root / name]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise InputError(f"{candidates[0]} is missing: it comes with the repository (git checkout data/{name}), or name its folder with --data-root")
+
+
+def modified_digits(split: str, data_root: str | Path = "data", variants: int = 10, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Modified digits: every digit of the split `variants` times, each with its own shift, zoom, gamma and contrast.
+
+    After GrETTA's modified MNIST. Zoom 0.6..1 in x and in y about the centre, then a translation of up to ±8 px in x and in y;
+    gamma 2/3..3/2 (log-uniform), then contrast 0.8..1.2; all uniform and drawn from `seed`, so the set is always the same.
+    Returns images (variants·N, 3, 32, 32) uint8, labels (variants·N,) int64, and source (variants·N,) int64, the number of the
+    digit that each image was made from; images are ordered variant by variant.
+    """
+    images, labels = load_split("digits", split, data_root)
+    generator = torch.Generator().manual_seed(seed * len(SPLITS) + SPLITS.index(split))
+    source = torch.arange(len(labels)).repeat(variants)
+
+    def uniform(low: float, high: float, columns: int) -> torch.Tensor:
+        return low + (high - low) * torch.rand(len(source), columns, generator=generator)
+
+    zoom, translation = uniform(0.6, 1.0, 2), uniform(-8, 8, 2)
+    gamma, contrast = uniform(-math.log(1.5), math.log(1.5), 1).exp(), uniform(0.8, 1.2, 1)
+    modified = affine_warp(to_float(images)[source], affine_matrix(zoom, translation))
+    modified = adjust_contrast(modified.clamp_min(0) ** gamma[:, :, None, None], contrast[:, 0])
+    return to_uint8(modified), labels[source], source
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 → float32 in [0, 1]."""
+    return images.float().div_(255)
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """float in [0, 1] → uint8, rounded."""
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def epoch_batches(size: int, batch_size: int, generator: torch.Generator) -> torch.Tensor:
+    """One epoch's shuffled batches, (steps, batch_size) indices; the images left over by the last whole batch wait for the next epoch.
+
+    The permutation is drawn on every rank alike; `own_rows` takes a rank's part of a batch.
+    """
+    steps = size // batch_size
+    return torch.randperm(size, generator=generator, device=generator.device)[: steps * batch_size].view(steps, batch_size)
+
+
+def affine_matrix(scale: torch.Tensor, translation: torch.Tensor, degrees: torch.Tensor | None = None) -> torch.Tensor:
+    """Forward maps (B, 2, 3) in pixels about the image centre: p → R(degrees)·diag(scale)·p + translation.
+
+    scale (B, 2) in x and y, > 1 enlarges; translation (B, 2) in px, positive right and down; degrees (B,), positive
+    counter-clockwise as seen on the screen.
+    """
+    angle = torch.zeros_like(scale[:, 0]) if degrees is None else torch.deg2rad(degrees)
+    cos, sin = angle.cos(), angle.sin()
+    row_x = torch.stack([cos * scale[:, 0], sin * scale[:, 1], translation[:, 0]], dim=1)
+    row_y = torch.stack([-sin * scale[:, 0], cos * scale[:, 1], translation[:, 1]], dim=1)
+    return torch.stack([row_x, row_y], dim=1)
+
+
+def affine_warp(images: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Warp each image by its own forward map; one bilinear interpolation, black outside, differentiable in both arguments.
+
+    images (B, C, H, W) float; matrix (B, 2, 3) in pixels about the centre, as `affine_matrix` makes them.
+    """
+    height, width = images.shape[-2:]
+    size = matrix.new_tensor([width, height])
+    # grid_sample looks up, for every output pixel, where it comes from (the inverse map), in units of half the image.
+    linear, shift = matrix[:, :, :2], matrix[:, :, 2]
+    determinant = linear[:, 0, 0] * linear[:, 1, 1] - linear[:, 0, 1] * linear[:, 1, 0]
+    adjugate = torch.stack([linear[:, 1, 1], -linear[:, 0, 1], -linear[:, 1, 0], linear[:, 0, 0]], dim=1).view(-1, 2, 2)
+    inverse = adjugate / determinant[:, None, None]
+    shift = -(inverse @ shift[:, :, None])[:, :, 0]
+    theta = torch.cat([inverse * (size[None, None, :] / size[None, :, None]), (shift * 2 / size)[:, :, None]], dim=2)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def adjust_contrast(images: torch.Tensor, contrast: torch.Tensor) -> torch.Tensor:
+    """m + contrast·(x − m), clipped to [0, 1], with m the mean of the image's luma (0.299, 0.587, 0.114), as PIL's ImageEnhance.Contrast.
+
+    images (B, 3, H, W) in [0, 1]; contrast (B,), 1 is the identity.
+    """
+    luma = images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    mean = (images * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
+    return (mean + contrast.view(-1, 1, 1, 1) * (images - mean)).clamp(0, 1)
+
+
+def mild_augmentation(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """What the shipped digits classifiers were trained under: ±1 px, zoom 0.95..1.05, ±5°, per image. images (B, 3, H, W) in [0, 1]."""
+    draw = torch.rand(len(images), 5, generator=generator, device=generator.device).to(images.device) * 2 - 1
+    return affine_warp(images, affine_matrix(1 + 0.05 * draw[:, :2], draw[:, 2:4], 5 * draw[:, 4]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Corruptions: ImageNet-C's 15 and 4 more, batched, each image's randomness a function of its own pixels
+# ---------------------------------------------------------------------------------------------------------------------
+
+CORRUPTIONS = (
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+)
+EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+
+# Severities 1..5 as published (make_cifar_c.py and make_imagenet_c.py of github.com/hendrycks/robustness): the first
+# row of each name made CIFAR-10-C, the second ImageNet-C. The functions below name the numbers.
+SEVERITIES = {
+    "gaussian_noise": ((0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)),
+    "shot_noise": ((500, 250, 100, 75, 50), (60, 25, 12, 5, 3)),
+    "impulse_noise": ((0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27)),
+    "defocus_blur": (((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)), ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))),
+    "glass_blur": (
+        ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
+        ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
+    ),
+    "motion_blur": (((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)), ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))),
+    # Counts are those of numpy.arange(1, 1.06, 0.01) and so on, which sometimes includes its end.
+    "zoom_blur": (((7, 0.01), (12, 0.01), (16, 0.01), (21, 0.01), (26, 0.01)), ((12, 0.01), (16, 0.01), (11, 0.02), (13, 0.02), (11, 0.03))),
+    "snow": (
+        (
+            (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
+            (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+            (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+            (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
+        ),
+        (
+            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+            (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+        ),
+    ),
+    # The last number is the photographs' scale: they were shrunk to a fifth for CIFAR-10-C.
+    "frost": (
+        ((1, 0.2, 0.2), (1, 0.3, 0.2), (0.9, 0.4, 0.2), (0.85, 0.4, 0.2), (0.75, 0.45, 0.2)),
+        ((1, 0.4, 1), (0.8, 0.6, 1), (0.7, 0.7, 1), (0.65, 0.7, 1), (0.6, 0.75, 1)),
+    ),
+    "fog": (((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)), ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))),
+    "brightness": ((0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "contrast": ((0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),
+    # In units of the image's side, which was 32, and for ImageNet-C 244 (written for 224: elastic_transform rescales).
+    "elastic_transform": (
+        ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
+        ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)),
+    ),
+    "pixelate": ((0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)),
+    "jpeg_compression": ((80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
+    "speckle_noise": ((0.06, 0.1, 0.12, 0.16, 0.2), (0.15, 0.2, 0.35, 0.45, 0.6)),
+    "gaussian_blur": ((0.4, 0.6, 0.7, 0.8, 1), (1, 2, 3, 4, 6)),
+    "spatter": (
+        (
+            (0.62, 0.1, 0.7, 0.7, 0.5, 0),
+            (0.65, 0.1, 0.8, 0.7, 0.5, 0),
+            (0.65, 0.3, 1, 0.69, 0.5, 0),
+            (0.65, 0.1, 0.7, 0.69, 0.6, 1),
+            (0.65, 0.1, 0.5, 0.68, 0.6, 1),
+        ),
+        (
+            (0.65, 0.3, 4, 0.69, 0.6, 0),
+            (0.65, 0.3, 3, 0.68, 0.6, 0),
+            (0.65, 0.3, 2, 0.68, 0.5, 0),
+            (0.65, 0.3, 1, 0.65, 1.5, 1),
+            (0.67, 0.4, 1, 0.65, 1.5, 1),
+        ),
+    ),
+    "saturate": (((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)), ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))),
+}
+
+
+@torch.no_grad()
+def corrupt(images, name, severity, seed):
+    """Corrupt a batch as ImageNet-C does (Hendrycks & Dietterich 2019, arXiv 1903.12261).
+
+    images: floating (B, 3, H, W) in [0, 1], on any device, sides of 28 or more. CIFAR-10-C's constants up to 64 px on
+    the longer side, ImageNet-C's above; kernels given in pixels stay as published whatever the size.
+    name: one of CORRUPTIONS or EXTRA_CORRUPTIONS; severity: 1..5; seed: any integer.
+    Returns a tensor of the same shape, dtype and device, in [0, 1], not quantised to 8 bits.
+    An image's randomness is a function of (seed, name, severity, its own 8-bit pixels): neither the batch around it
+    nor its position in it changes the result. Raises InputError for an unknown name or severity, or another shape.
+    """
+    functions = {
+        "gaussian_noise": gaussian_noise,
+        "shot_noise": shot_noise,
+        "impulse_noise": impulse_noise,
+        "defocus_blur": defocus_blur,
+        "glass_blur": glass_blur,
+        "motion_blur": motion_blur,
+        "zoom_blur": zoom_blur,
+        "snow": snow,
+        "frost": frost,
+        "fog": fog,
+        "brightness": brightness,
+        "contrast": contrast,
+        "elastic_transform": elastic_transform,
+        "pixelate": pixelate,
+        "jpeg_compression": jpeg_compression,
+        "speckle_noise": speckle_noise,
+        "gaussian_blur": gaussian_blur,
+        "spatter": spatter,
+        "saturate": saturate,
+    }
+    if name not in functions:
+        raise InputError(f"unknown corruption {name!r}; choose from {', '.join(functions)}")
+    if severity not in (1, 2, 3, 4, 5):
+        raise InputError(f"severity must be 1, 2, 3, 4 or 5, not {severity!r}")
+    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise InputError(f"images must be floating (B, 3, H, W), not {images.dtype} {tuple(images.shape)}")
+    constants = SEVERITIES[name][0 if max(images.shape[-2:]) <= 64 else 1][int(severity) - 1]
+    constants = constants if isinstance(constants, tuple) else (constants,)
+    pixels = images.float().contiguous()
+    keys = image_keys(pixels, f"{name} {int(severity)} {int(seed)}")
+    return functions[name](pixels, keys, *constants).clamp(0, 1).to(images.dtype)
+
+
+# Each function below takes images (B, 3, H, W), float32, keys (B,) and one severity's constants. It returns
+# (B, 3, H, W) before clamping. Streams 0, 1, 2... keep the random draws of one function apart.
+
+
+def gaussian_noise(images, keys, deviation):
+    return images + deviation * normals(keys, 0, images.shape[1:])
+
+
+def speckle_noise(images, keys, deviation):
+    return images + images * deviation * normals(keys, 0, images.shape[1:])
+
+
+def shot_noise(images, keys, photons):
+    """Poisson counts with mean photons * x, by inversion of an exact table over the 256 pixel values."""
+    most = photons + int(10 * math.sqrt(photons)) + 10
+    counts = torch.arange(most, dtype=torch.float64)
+    means = photons * torch.arange(256, dtype=torch.float64)[:, None] / 255
+    probabilities = torch.exp(torch.xlogy(counts, means) - means - torch.lgamma(counts + 1))
+    # Row v of the table is shifted to [v, v + 1], so that one sorted list serves every pixel value.
+    table = probabilities.cumsum(1).clamp(max=1) + torch.arange(256)[:, None]
+    values = (images * 255).round()
+    drawn = torch.searchsorted(table.flatten().to(images.device), values + uniforms(keys, 0, images.shape[1:]).double())
+    return (drawn - values.long() * most).float() / photons
+
+
+def impulse_noise(images, keys, amount):
+    """Salt and pepper: every channel of every pixel on its own, half black and half white."""
+    draws = uniforms(keys, 0, images.shape[1:])
+    return torch.where(draws < amount / 2, 0.0, torch.where(draws > 1 - amount / 2, 1.0, images))
+
+
+def gaussian_blur(images, keys, deviation):
+    return blur(images, deviation)
+
+
+def defocus_blur(images, keys, radius, softness):
+    """A disk, smoothed by a Gaussian; mirrored borders. Computed as a product of spectra."""
+    reach = min(int(radius) + 2, 8) if radius <= 8 else int(radius)
+    offsets = torch.arange(-reach, reach + 1)
+    disk = (offsets[:, None] ** 2 + offsets**2 <= radius**2).double()
+    taps = torch.arange(-1, 2) if radius <= 8 else torch.arange(-2, 3)
+    window = torch.exp(-0.5 * (taps / softness).double() ** 2)
+    window = torch.outer(window, window) / window.sum() ** 2
+    disk = F.pad((disk / disk.sum())[None, None], [len(taps) // 2] * 4, mode="reflect")
+    kernel = F.conv2d(disk, window[None, None])[0, 0].to(images.device)
+    padded = F.pad(images.double(), [reach] * 4, mode="reflect")
+    spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(kernel, s=padded.shape[-2:]).conj()
+    return torch.fft.irfft2(spectrum, s=padded.shape[-2:])[..., : images.shape[2], : images.shape[3]].float()
+
+
+def glass_blur(images, keys, deviation, reach, rounds):
+    """Blur, move pixels about, blur.
+
+    The published loop visits pixels from the bottom right to the top left and means to swap each with a random
+    neighbour, but its two NumPy views alias: it copies the neighbour over the pixel. We do what it does. A pixel
+    that reads one not yet visited takes the original; else it takes whatever that one took. Following these
+    references for all pixels at once, by pointer jumping, gives exactly the loop's result.
+    """
+    count, _, height, width = images.shape
+    rows = torch.arange(height, device=images.device)[:, None]
+    columns = torch.arange(width, device=images.device)
+    visited = (rows > reach) & (rows <= height - reach) & (columns > reach) & (columns <= width - reach)
+    here = rows * width + columns  # (H, W)
+    blurred = blur(images, deviation).flatten(2)
+    for i in range(rounds):
+        draws = (uniforms(keys, i, (2, height, width)) * 2 * reach).long() - reach  # in -reach..reach-1
+        draws = torch.where(visited, draws, 0)
+        target = (here + draws[:, 0] * width + draws[:, 1]).flatten(1)  # (B, H*W)
+        chained = (target > here.flatten()) & visited.flatten()[target]
+        final = torch.where(chained, target, here.flatten())
+        for _ in range(6 if reach > 1 else 0):  # 2^6 references; a chain goes on with probability below a half
+            final = final.gather(1, final)
+        source = target.gather(1, final)
+        blurred = blurred.gather(2, source[:, None].expand(-1, 3, -1))
+    return blur(blurred.view(images.shape), deviation)
+
+
+def motion_blur(images, keys, radius, deviation):
+    """A one-sided Gaussian streak at an angle drawn per image from -45..45 degrees."""
+    return streak(images, radius, deviation, 90 * uniforms(keys, 0, (1,)) - 45)
+
+
+def zoom_blur(images, keys, count, step):
+    """The mean of the image and its enlargements by 1, 1 + step, ..., count of them."""
+    height, width = images.shape[-2:]
+    total = images.double()
+    for i in range(count):
+        factor = 1 + i * ((1 + step) - 1)  # numpy.arange's rounding, which decides some sizes of the crop
+        total = total + separable(images, zoom_matrix(height, factor), zoom_matrix(width, factor))
+    return (total / (count + 1)).float()
+
+
+def snow(images, keys, mean, deviation, zoom, threshold, radius, streak_deviation, keep):
+    """Enlarged, thresholded noise, streaked towards the ground, over a whitened image."""
+    height, width = images.shape[-2:]
+    flakes = mean + deviation * normals(keys, 0, (1, height, width))
+    flakes = separable(flakes, zoom_matrix(height, zoom), zoom_matrix(width, zoom)).float()
+    flakes = torch.where(flakes < threshold, 0.0, flakes).clamp(0, 1)
+    flakes = streak(flakes, radius, streak_deviation, -90 * uniforms(keys, 1, (1,)) - 45)
+    grey = 0.299 * images[:, :1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:]
+    white = torch.maximum(images, 1.5 * grey + 0.5)
+    return keep * images + (1 - keep) * white + flakes + flakes.flip(2, 3)
+
+
+def frost(images, keys, keep, strength, scale):
+    """keep * x + strength * ice. Differs from the paper: its ice is six photographs, ours a procedural texture."""
+    return keep * images + strength * ice(keys, *images.shape[-2:], scale)
+
+
+def fog(images, keys, strength, decay):
+    """Adds a plasma fractal, then rescales so that the brightest value keeps its place."""
+    height, width = images.shape[-2:]
+    brightest = images.amax((1, 2, 3), keepdim=True)
+    haze = plasma(keys, 2 ** math.ceil(math.log2(max(height, width))), decay)[:, None, :height, :width]
+    return (images + strength * haze) * brightest / (brightest + strength)
+
+
+def brightness(images, keys, shift):
+    """Adds to the HSV value; hue and saturation stay, so the channels grow by one common factor."""
+    value = images.amax(1, keepdim=True)
+    raised = (value + shift).clamp(max=1)
+    return torch.where(value > 0, images * (raised / value.clamp(min=1e-8)), raised)
+
+
+def contrast(images, keys, factor):
+    means = images.double().mean((2, 3), keepdim=True).float()
+    return (images - means) * factor + means
+
+
+def saturate(images, keys, factor, shift):
+    """Scales and shifts the HSV saturation. Grey has hue 0, so a shift turns it reddish, as it did when published."""
+    value = images.amax(1, keepdim=True)
+    distance = value - images  # hue fixes the ratios of the channels' distances to V
+    spread = distance.amax(1, keepdim=True)
+    red = torch.tensor([0.0, 1.0, 1.0], device=images.device).view(1, 3, 1, 1)
+    direction = torch.where(spread > 0, distance / spread.clamp(min=1e-8), red)
+    saturation = (spread / value.clamp(min=1e-8) * factor + shift).clamp(0, 1)
+    return value * (1 - saturation * direction)
+
+
+def elastic_transform(images, keys, amplitude, smoothness, jitter):
+    """A random affine map (three points moved by up to jitter), then a smooth displacement of every pixel."""
+    height, width = images.shape[-2:]
+    unit = max(height, width) * (244 / 224 if max(height, width) > 64 else 1)
+    rows = torch.arange(height, device=images.device)[:, None].float()
+    columns = torch.arange(width, device=images.device).float()
+    # The points are (centre_x, centre_y) + (arm, arm), (arm, -arm), (-arm, -arm), each moved by its (x, y).
+    arm, centre_x, centre_y = min(height, width) // 3, width // 2, height // 2
+    moves = jitter * unit * (2 * uniforms(keys, 0, (3, 2)) - 1)
+    (x0, y0), (x1, y1), (x2, y2) = moves.permute(1, 2, 0)[..., None, None]  # (B, 1, 1) each
+    a, b, c, d = 1 + (x1 - x2) / (2 * arm), (x0 - x1) / (2 * arm), (y1 - y2) / (2 * arm), 1 + (y0 - y1) / (2 * arm)
+    right, down = columns - centre_x - arm - x0, rows - centre_y - arm - y0
+    # Every pixel reads where the inverse of [[a, b], [c, d]] takes it; mirrored about the border pixels' centres.
+    x = (d * right - b * down) / (a * d - b * c) + centre_x + arm
+    y = (a * down - c * right) / (a * d - b * c) + centre_y + arm
+    warped = sample(images, x, y, align_corners=True)
+    shifts = blur(2 * uniforms(keys, 1, (2, height, width)) - 1, smoothness * unit, truncate=3, mirrored=True)
+    shifts = amplitude * unit * shifts  # (B, 2, H, W)
+    return sample(warped, columns + shifts[:, 0], rows + shifts[:, 1], align_corners=False)  # and about the edges
+
+
+def pixelate(images, keys, factor):
+    """PIL's resize with BOX down to int(side * factor) and up again."""
+    rows, columns = ((box_matrix(int(side * factor), side) @ box_matrix(side, int(side * factor))) for side in images.shape[-2:])
+    return separable(images, rows, columns).float()
+
+
+def jpeg_compression(images, keys, quality):
+    """libjpeg's baseline round trip at PIL's quality: 4:2:0 chroma, smooth upsampling, its roundings at every stage."""
+    height, width = images.shape[-2:]
+    device = images.device
+    percent = 5000 // quality if quality < 50 else 200 - 2 * quality
+    to_ycc = torch.tensor(
+        [[0.299, 0.587, 0.114], [-0.168735892, -0.331264108, 0.5], [0.5, -0.418687589, -0.081312411]], dtype=torch.float64, device=device
+    )
+    centre = torch.tensor([0.0, 128, 128], dtype=torch.float64, device=device).view(3, 1, 1)
+    pixels = F.pad((images * 255).round().double(), (0, -width % 16, 0, -height % 2), mode="replicate")
+    ycc = round_away((to_ycc @ pixels.flatten(2)).view(pixels.shape) + centre)
+    odd = torch.arange(pixels.shape[-1], device=device) % 2  # chroma's halves are rounded up and down by turns
+    chroma = (F.avg_pool2d(ycc[:, 1:], 2) + (1 + odd[: len(odd) // 2]) / 4).floor()
+    decoded = []
+    for plane, table in ((ycc[:, :1], JPEG_LUMINANCE), (chroma, JPEG_CHROMINANCE)):
+        plane = F.pad(plane - 128, (0, 0, 0, -plane.shape[-2] % 8), mode="replicate")
+        table = ((torch.tensor(table, device=device).view(8, 8) * percent + 50) // 100).clamp(1, 255).double()
+        table = table.repeat(plane.shape[-2] // 8, plane.shape[-1] // 8)
+        rows, columns = dct_matrix(plane.shape[-2]), dct_matrix(plane.shape[-1])
+        eighths = round_away(8 * separable(plane, rows, columns))
+        plane = separable(round_away(eighths / (8 * table)) * table, rows.T, columns.T)
+        decoded.append(round_away(plane + 128).clamp(0, 255))
+    chroma = decoded[1][..., : (height + 1) // 2, : (width + 1) // 2]
+    chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False)[..., :height, :width]
+    chroma = (chroma + (8 - odd[:width]) / 16).floor()
+    ycc = torch.cat([decoded[0][..., :height, :width], chroma], 1) - centre
+    rgb = (torch.linalg.inv(to_ycc) @ ycc.flatten(2)).view(ycc.shape)
+    return (round_away(rgb) / 255).float()
+
+
+def spatter(images, keys, mean, deviation, smoothness, threshold, strength, mud):
+    """Drops where smoothed noise passes a threshold: shaded pale water, or opaque brown mud.
+
+    Differs from the paper in the water's shading, which follows the distance to the drops' edges: our edges are the
+    drops' outlines instead of Canny's, and the distance is counted in chessboard moves instead of Euclidean.
+    """
+    height, width = images.shape[-2:]
+    liquid = blur(mean + deviation * normals(keys, 0, (1, height, width)), smoothness)
+    if mud:
+        cover = blur((liquid > threshold).float(), strength)
+        cover = torch.where(cover < 0.8, 0.0, cover)
+        return images * (1 - cover) + cover * torch.tensor([63, 42, 20], device=images.device).view(3, 1, 1) / 255
+    liquid = torch.where(liquid < threshold, 0.0, liquid)
+    drops = (liquid > 0).float()
+    reached = drops + F.max_pool2d(-drops, 3, 1, 1)  # the outlines, 1 px wide
+    distance = torch.zeros_like(drops)  # to the nearest outline, at most 20
+    for _ in range(20):
+        distance += 1 - reached
+        reached = F.max_pool2d(reached, 3, 1, 1)
+    distance = box_mean(distance).long()  # 0..20
+    histogram = torch.zeros(len(images), 21, device=images.device)
+    histogram.scatter_add_(1, distance.flatten(1), torch.ones_like(drops).flatten(1))
+    cumulative = histogram.cumsum(1)
+    lowest = cumulative.gather(1, distance.flatten(1).amin(1, keepdim=True))
+    equalised = ((cumulative - lowest) / (height * width - lowest).clamp(min=1) * 255).round()
+    relief = equalised.gather(1, distance.flatten(1)).view(distance.shape)
+    emboss = torch.tensor([[-2.0, -1, 0], [-1, 1, 1], [0, 1, 2]], dtype=torch.float64, device=images.device)
+    relief = F.conv2d(F.pad(relief, [1] * 4, mode="reflect").double(), emboss[None, None]).float().clamp(0, 255)
+    cover = liquid * box_mean(relief)
+    cover = strength * cover / cover.amax((1, 2, 3), keepdim=True).clamp(min=1e-8)
+    return images + cover * torch.tensor([175, 238, 238], device=images.device).view(3, 1, 1) / 255
+
+
+# Random numbers: a counter hashed with the image's key. No generator, so no order of drawing.
+
+
+def scramble(bits):
+    """splitmix64's finaliser on int64, in place. torch shifts signed numbers, hence the masks; products wrap."""
+    bits ^= (bits >> 30).bitwise_and_((1 << 34) - 1)
+    bits *= -0x40A7B892E31B1A47
+    bits ^= (bits >> 27).bitwise_and_((1 << 37) - 1)
+    bits *= -0x6B2FB644ECCEEE15
+    bits ^= (bits >> 31).bitwise_and_((1 << 33) - 1)
+    return bits
+
+
+def image_keys(images, label):
+    """One 64-bit key per image: (B, 3, H, W) in [0, 1] -> (B,) int64. Integer sums: exact in any order."""
+    pixels = (images * 255).round().long().flatten(1)
+    weights = scramble(torch.arange(1, pixels.shape[1] + 1, device=images.device))
+    salt = int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "little", signed=True)
+    return scramble((pixels * weights).sum(1) + salt)
+
+
+def uniforms(keys, stream, shape):
+    """(B, *shape) float32, uniform on the open interval (0, 1) in steps of 2^-23; two from each 64-bit hash."""
+    count = math.prod(shape)
+    counters = scramble(torch.arange((count + 1) // 2, device=keys.device) + (stream << 40) + 1)
+    bits = scramble(keys[:, None] + counters)
+    halves = torch.cat([bits >> 41, bits >> 18], 1).bitwise_and_((1 << 23) - 1)[:, :count]
+    return ((halves.float() + 0.5) * 2.0**-23).view(-1, *shape)
+
+
+def normals(keys, stream, shape):
+    """(B, *shape) float32, standard normal (Box-Muller)."""
+    half = (math.prod(shape) + 1) // 2
+    draws = uniforms(keys, stream, (2, half))
+    length, angle = (-2 * draws[:, 0].log()).sqrt(), 2 * math.pi * draws[:, 1]
+    return torch.cat([length * angle.cos(), length * angle.sin()], 1)[:, : math.prod(shape)].view(-1, *shape)
+
+
+def plasma(keys, side, decay):
+    """Diamond-square fractal on a torus: (B, side, side) in [0, 1]; side a power of two."""
+    field = torch.zeros(len(keys), side, side, device=keys.device)
+    step, amplitude = side, 1.0
+    while step >= 2:
+        half = step // 2
+        noise = amplitude * (2 * uniforms(keys, step, (3, side // step, side // step)) - 1)
+        corners = field[:, ::step, ::step]
+        right, below = corners.roll(-1, 2), corners.roll(-1, 1)
+        middles = (corners + right + below + right.roll(-1, 1)) / 4 + noise[:, 0]
+        field[:, half::step, half::step] = middles
+        field[:, ::step, half::step] = (corners + right + middles + middles.roll(1, 1)) / 4 + noise[:, 1]
+        field[:, half::step, ::step] = (corners + below + middles + middles.roll(1, 2)) / 4 + noise[:, 2]
+        step, amplitude = half, amplitude / decay**2  # published: wibble * U(-wibble, wibble), hence the square
+    field -= field.amin((1, 2), keepdim=True)
+    return field / field.amax((1, 2), keepdim=True)
+
+
+def ice(keys, height, width, scale):
+    """Frost on a dark window: patches of bright needles in three directions. (B, 3, H, W) in [0, 1].
+
+    scale: a needle is about 4 * scale px wide and 20 * scale px long; the mean is about 0.13.
+    """
+    rows = torch.arange(height, device=keys.device)[:, None].float()
+    columns = torch.arange(width, device=keys.device).float()
+    tilt = 2 * math.pi * uniforms(keys, 0, (1, 1))
+    needles = 0
+    for i in range(3):
+        cosine, sine = (tilt + i * math.pi / 3).cos(), (tilt + i * math.pi / 3).sin()  # (B, 1, 1)
+        along = (columns * cosine + rows * sine) / (20 * scale)
+        across = (rows * cosine - columns * sine) / (4 * scale)
+        lattice = uniforms(keys, 1 + i, (1, 32, 32))
+        needles = needles + (3.6 * sample(lattice, along + 16, across + 16, align_corners=True) - 2.2).clamp(0, 1)
+    patches = plasma(keys, 2 ** math.ceil(math.log2(max(height, width))), 1.3)[:, None, :height, :width]
+    bright = 0.03 + (8 * patches - 4.8).clamp(0, 1) * (0.3 + 0.67 * needles.clamp(max=1))
+    return bright * torch.tensor([0.86, 0.94, 1.0], device=keys.device).view(3, 1, 1)
+
+
+# Linear maps along rows and columns, as float64 matrices: exact to rounding whatever the batch size, and neither
+# TF32 nor autocast touches them.
+
+
+def separable(images, rows, columns):
+    """rows (H', H) @ image @ columns (W', W) transposed, for (B, C, H, W): (B, C, H', W') float64."""
+    return rows.to(images.device) @ (images.double() @ columns.T.to(images.device))
+
+
+def blur(images, deviation, truncate=4, mirrored=False):
+    """Gaussian blur, cut at `truncate` deviations; borders repeat the last pixel, or mirror about the edge."""
+    matrices = []
+    for side in images.shape[-2:]:
+        reach = int(truncate * deviation + 0.5)
+        offsets = torch.arange(-reach, reach + 1)
+        weights = torch.exp(-0.5 * (offsets.double() / max(deviation, 1e-8)) ** 2)
+        positions = torch.arange(side)[:, None] + offsets
+        if mirrored:
+            positions = positions % (2 * side)
+            positions = torch.minimum(positions, 2 * side - 1 - positions)
+        matrix = torch.zeros(side, side, dtype=torch.float64)
+        weights = (weights / weights.sum()).expand(positions.shape)
+        matrices.append(matrix.scatter_add_(1, positions.clamp(0, side - 1), weights))
+    return separable(images, *matrices).float()
+
+
+def zoom_matrix(side, factor):
+    """(side, side): the middle ceil(side / factor) pixels, linearly enlarged with their ends kept, cut to side."""
+    crop = math.ceil(side / factor)
+    zoomed = round(crop * factor)
+    positions = (torch.arange(side, dtype=torch.float64) + (zoomed - side) // 2) * (crop - 1) / (zoomed - 1)
+    return (1 - (positions[:, None] + (side - crop) // 2 - torch.arange(side)).abs()).clamp(min=0)
+
+
+def box_matrix(side, resized):
+    """(resized, side): PIL's BOX filter, the mean of the pixels whose centres fall in the box."""
+    ratio = side / resized
+    centres = (torch.arange(resized, dtype=torch.float64) + 0.5) * ratio
+    distance = (torch.arange(side) + 0.5 - centres[:, None]) / max(ratio, 1)
+    inside = ((distance > -0.5) & (distance <= 0.5)).double()
+    return inside / inside.sum(1, keepdim=True)
+
+
+def dct_matrix(side):
+    """(side, side): orthonormal 8-point DCT-II on every run of 8."""
+    angles = torch.outer(torch.arange(8), 2 * torch.arange(8) + 1).double() * math.pi / 16
+    basis = angles.cos() / 2
+    basis[0] /= math.sqrt(2)
+    return torch.block_diag(*[basis] * (side // 8))
+
+
+def round_away(values):
+    """Nearest integer, halves away from zero as in libjpeg; the nudge keeps rounding noise from deciding ties."""
+    return values.sign() * (values.abs() + 0.5 + 1e-9).floor()
+
+
+def box_mean(images):
+    return F.avg_pool2d(F.pad(images, [1] * 4, mode="reflect"), 3, 1)
+
+
+def sample(images, x, y, align_corners):
+    """Bilinear look-up at pixel positions x, y (B, H, W); outside, mirrored about border pixels' centres or edges."""
+    height, width = images.shape[-2:]
+    if align_corners:
+        grid = torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], -1)
+    else:
+        grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=align_corners)
+
+
+def streak(images, radius, deviation, degrees):
+    """ImageMagick's motion blur: whole-pixel steps along the angle (B, 1), Gaussian weights, borders repeated."""
+    height, width = images.shape[-2:]
+    weights = torch.exp(-0.5 * (torch.arange(2 * radius + 1, dtype=torch.float64) / deviation) ** 2)
+    radians = degrees * math.pi / 180
+    rows, columns = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+    total = torch.zeros_like(images)
+    for i, weight in enumerate((weights / weights.sum()).tolist()):
+        if weight > 1e-6:  # the far end of a wide kernel is nil
+            down = (rows + (i * radians.sin() - 0.5).ceil().long()).clamp(0, height - 1)  # (B, H)
+            right = (columns + (i * radians.cos() - 0.5).ceil().long()).clamp(0, width - 1)  # (B, W)
+            source = (down[:, :, None] * width + right[:, None]).flatten(1)[:, None]  # (B, 1, H*W)
+            total += weight * images.flatten(2).gather(2, source.expand(-1, images.shape[1], -1)).view(images.shape)
+    return total
+
+
+# Annex K of the JPEG standard (ITU-T T.81), tables K.1 and K.2.
+JPEG_LUMINANCE = (
+    16,
+    11,
+    10,
+    16,
+    24,
+    40,
+    51,
+    61,
+    12,
+    12,
+    14,
+    19,
+    26,
+    58,
+    60,
+    55,
+    14,
+    13,
+    16,
+    24,
+    40,
+    57,
+    69,
+    56,
+    14,
+    17,
+    22,
+    29,
+    51,
+    87,
+    80,
+    62,
+    18,
+    22,
+    37,
+    56,
+    68,
+    109,
+    103,
+    77,
+    24,
+    35,
+    55,
+    64,
+    81,
+    104,
+    113,
+    92,
+    49,
+    64,
+    78,
+    87,
+    103,
+    121,
+    120,
+    101,
+    72,
+    92,
+    95,
+    98,
+    112,
+    100,
+    103,
+    99,
+)
+JPEG_CHROMINANCE = (
+    17,
+    18,
+    24,
+    47,
+    99,
+    99,
+    99,
+    99,
+    18,
+    21,
+    26,
+    66,
+    99,
+    99,
+    99,
+    99,
+    24,
+    26,
+    56,
+    99,
+    99,
+    99,
+    99,
+    99,
+    47,
+    66,
+    99,
+    99,
+    99,
+    99,
+    99,
+    99,
+) + (99,) * 32
+
+
+def example_pictures(count, side, seed=0):
+    """Procedural photograph-like pictures, (count, 3, side, side) in [0, 1]: soft light, texture, hard edges."""
+    keys = scramble(torch.arange(count) + (seed << 32) + 1)
+    size = 2 ** math.ceil(math.log2(side))
+    light = torch.stack([plasma(keys + i, size, 1.5) for i in range(4)], 1)[..., :side, :side]
+    pictures = 0.6 * light[:, :1] + 0.4 * light[:, 1:]
+    grid = (torch.arange(side) + 0.5) / side
+    for i in range(8):  # ellipses and boxes, every other pair striped
+        place = uniforms(keys, 100 + i, (10,))[..., None, None]
+        x = (grid - place[:, 0]) / (0.1 + 0.2 * place[:, 1])
+        y = (grid[:, None] - place[:, 2]) / (0.1 + 0.2 * place[:, 3])
+        inside = x**2 + y**2 < 1 if i % 2 else (x.abs() < 0.8) & (y.abs() < 0.8)
+        shade = (0.7 + 0.6 * (light[:, :1] - 0.5)) * (1 - (i // 2 % 2) * 0.5 * ((2 * (x + y))[:, None] % 2 < 1))
+        pictures = torch.where(inside[:, None], place[:, 4:7] * shade, pictures)
+    return pictures.clamp(0, 1)
+
+
+def contact_sheet(path):
+    """Draw every corruption at every severity to a PNG: 96 px (ImageNet-C's constants), 32 px (CIFAR-10-C's)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names, sides = CORRUPTIONS + EXTRA_CORRUPTIONS, (96, 32)
+    figure, axes = pyplot.subplots(len(names), 12, figsize=(15, 23.5), dpi=100)
+    for row, name in zip(axes, names, strict=True):
+        for i, side in enumerate(sides):
+            clean = example_pictures(1, side, seed=3)
+            for severity in range(6):
+                axis = row[6 * i + severity]
+                image = corrupt(clean, name, severity, seed=0) if severity else clean
+                axis.imshow(image[0].permute(1, 2, 0), interpolation="nearest")
+                axis.set(xticks=[], yticks=[])
+                if name == names[0]:
+                    axis.set_title(f"{side} px, " + (f"severity {severity}" if severity else "clean"), fontsize=9)
+        row[0].set_ylabel(name.replace("_", "\n"), fontsize=9, rotation=0, ha="right", va="center")
+    figure.subplots_adjust(0.07, 0.005, 0.998, 0.985, 0.02, 0.03)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models: images in [0, 1], (B, 3, H, W) → logits (B, num_classes); normalisation happens inside
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ResNeXtBottleneck(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, cardinality: int, group_width: int, stride: int):
+        super().__init__()
+        channels = cardinality * group_width
+        self.conv_reduce = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn_reduce = nn.BatchNorm2d(channels)
+        self.conv_conv = nn.Conv2d(channels, channels, 3, stride, 1, groups=cardinality, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+        self.conv_expand = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn_expand = nn.BatchNorm2d(out_channels)
+        self.downsample = None
+        if stride != 1 or in_channels != out_channels:
+            shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = F.relu(self.bn_reduce(self.conv_reduce(x)), inplace=True)
+        out = F.relu(self.bn(self.conv_conv(out)), inplace=True)
+        out = self.bn_expand(self.conv_expand(out))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)), inplace=True)
+
+
+class ResNeXt(nn.Module):
+    """ResNeXt-29 (4×32d) for 32 px images (Xie et al. 2017, section 5.3), with the key names of AugMix's CIFAR checkpoints.
+
+    width is the number of channels of the first convolution: 64 as published, 4 for digits.
+    """
+
+    def __init__(self, num_classes: int, depth: int = 29, cardinality: int = 4, base_width: int = 32, width: int = 64):
+        super().__init__()
+        self.conv_1_3x3 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.bn_1 = nn.BatchNorm2d(width)
+        channels = width
+        for stage in range(3):
+            planes = width * 2**stage
+            blocks = []
+            for block in range((depth - 2) // 9):
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(ResNeXtBottleneck(channels, 4 * planes, cardinality, planes * base_width // 64, stride))
+                channels = 4 * planes
+            self.add_module(f"stage_{stage + 1}", nn.Sequential(*blocks))
+        self.classifier = nn.Linear(channels, num_classes)
+        initialise(self)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.bn_1(self.conv_1_3x3(images * 2 - 1)), inplace=True)  # mean and std 0.5, as AugMix
+        x = self.stage_3(self.stage_2(self.stage_1(x)))
+        return self.classifier(x.mean((2, 3)))
+
+
+class WideResNetBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.conv_shortcut = None
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = F.relu(self.bn1(x), inplace=True)
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(out)
+        out = self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True))
+        return out + shortcut
+
+
+class WideResNet(nn.Module):
+    """Wide ResNet (Zagoruyko & Komodakis 2016) for 32 px images, with the key names of AugMix's CIFAR checkpoints.
+
+    width is the number of channels of the first convolution: 16 as published, 4 for digits.
+    """
+
+    def __init__(self, num_classes: int, depth: int = 40, widen_factor: int = 2, width: int = 16):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        channels = width
+        for stage in range(3):
+            out_channels = width * widen_factor * 2**stage
+            blocks = nn.Sequential()
+            for block in range((depth - 4) // 6):
+                blocks.append(WideResNetBlock(channels, out_channels, 2 if stage > 0 and block == 0 else 1))
+                channels = out_channels
+            self.add_module(f"block{stage + 1}", nn.ModuleDict({"layer": blocks}))
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.fc = nn.Linear(channels, num_classes)
+        initialise(self)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(images * 2 - 1)  # mean and std 0.5, as AugMix
+        for block in (self.block1, self.block2, self.block3):
+            x = block["layer"](x)
+        return self.fc(F.relu(self.bn1(x), inplace=True).mean((2, 3)))
+
+
+def initialise(model: nn.Module) -> None:
+    """He initialisation by fan-out for convolutions, zero biases (He et al. 2015)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+            nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
+# Models by name. On digits the same constructors are slim, so that two CPU cores suffice; a student is a small white-box stand-in.
+MODELS = {
+    "resnext": lambda num_classes: ResNeXt(num_classes),
+    "wideresnet": lambda num_classes: WideResNet(num_classes),
+    "student": lambda num_classes: torchvision_model("resnet18", num_classes, (0.5,) * 3, (0.5,) * 3),
+}
+DIGITS_MODELS = {
+    "resnext": lambda num_classes: ResNeXt(num_classes, width=4),
+    "wideresnet": lambda num_classes: WideResNet(num_classes, width=4),
+    "student": lambda num_classes: WideResNet(num_classes, depth=16, width=4),
+}
+
+
+def build_model(name: str, num_classes: int, dataset: str) -> nn.Module:
+    """An untrained classifier from images in [0, 1], (B, 3, H, W), to logits (B, num_classes).
+
+    name: a key of MODELS, or any classification model of torchvision by its name there ("resnet50", "convnext_tiny", …).
+    dataset: its image statistics are used for normalisation, and "digits" takes the slim widths. Raises InputError for an unknown name.
+    """
+    models = DIGITS_MODELS if dataset == "digits" else MODELS
+    if name in models:
+        return models[name](num_classes)
+    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return torchvision_model(name, num_classes, *(imagenet if dataset.startswith("imagenet") else ((0.5,) * 3, (0.5,) * 3)))
+
+
+def torchvision_model(name: str, num_classes: int, mean: tuple, std: tuple) -> nn.Module:
+    """A torchvision classification model with random weights that normalises its input itself; its key names are torchvision's."""
+    from torchvision import models  # takes a second to import, so only when asked for
+
+    if name not in models.list_models(module=models):
+        raise InputError(f"unknown model '{name}': choose {', '.join(MODELS)}, or a classification model of torchvision such as resnet50")
+    auxiliary = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    auxiliary |= {"transform_input": False} if auxiliary else {}
+    with warnings_off():
+        model = models.get_model(name, weights=None, num_classes=num_classes, **auxiliary)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+    # A hook rather than a wrapping module: the state dict keeps torchvision's keys, so that published weights load as they are.
+    model.register_buffer("normalisation", torch.cat([mean, std]), persistent=False)
+    model.register_forward_pre_hook(normalise_input)
+    return model
+
+
+def check_input_size(model: nn.Module, name: str, images: torch.Tensor) -> None:
+    """Raise InputError where the model cannot take images of this size (N, 3, H, W): some of torchvision's need 224 px."""
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *images.shape[1:], device=images.device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        size = "×".join(str(side) for side in images.shape[-2:])
+        raise InputError(f"model '{name}' does not take {size} px images: {str(error).splitlines()[0]}; choose another --model") from error
+    model.train(training)
+
+
+def normalise_input(model: nn.Module, inputs: tuple) -> tuple:
+    mean, std = model.normalisation.to(inputs[0].dtype).split(1)
+    return ((inputs[0] - mean) / std,)
+
+
+@contextlib.contextmanager
+def warnings_off() -> Iterator[None]:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def load_weights(model: nn.Module, file: str | Path) -> nn.Module:
+    """Load a checkpoint into `model` and return it.
+
+    The file holds a state dict, alone or under `state_dict`, `model_state_dict` or `weights`, with or without `module.` (or
+    `_orig_mod.`, `resnet.`) before every key. Only tensors are unpickled (`weights_only=True`). Raises InputError for a missing, truncated
+    or unsafe file, and for one that does not fit, naming the keys.
+    """
+    state = load_tensors(file, "give the path of a checkpoint")
+    for key in ("state_dict", "model_state_dict", "weights"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{file} holds no state dict (nor one under state_dict, model_state_dict, weights)")
+    for prefix in ("module.", "_orig_mod.", "resnet."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    wanted = model.state_dict()
+    # Counters are not in every checkpoint (torch < 0.4.1 had none) and nothing depends on them here.
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in wanted]
+    misshaped = [
+        f"{key} is {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    faults = [
+        f"{kind} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped))
+        if keys
+    ]
+    if faults:
+        raise InputError(f"{file} does not fit this model: {'; '.join(faults)}; choose the --model and --dataset it was trained for")
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def digits_weights(name: str, machine: "Machine", data_root: str | Path = "data", dry_run: bool = False) -> Path:
+    """The path of the shipped digits classifier `name` (weights/digits-<name>.pt); trained first, and kept, where the file is missing."""
+    file = WEIGHTS / f"digits-{name}.pt"
+    if not file.is_file():
+        if machine.is_main:
+            print(f"{file} is missing: training {name} on the 1,000 training digits first", flush=True)
+            model = train_classifier(name, machine, data_root=data_root, epochs=1 if dry_run else 30)
+            if dry_run:  # one epoch makes no classifier worth keeping
+                file = Path(os.environ.get("TMPDIR", "/tmp")) / f"cleanaug-dry-run-{os.getpid()}-{file.name}"
+            save_atomically(model.state_dict(), file)
+        machine.barrier()
+    return file
+
+
+def train_classifier(
+    name: str, machine: "Machine", data_root: str | Path = "data", epochs: int = 30, batch_size: int = 50, lr: float = 0.1, seed: int = 0
+) -> nn.Module:
+    """A digits classifier: SGD with Nesterov momentum 0.9, weight decay 5e-4, one-cycle learning rate, label smoothing 0.1, mild augmentation."""
+    from tqdm import tqdm
+
+    with torch.random.fork_rng(devices=[]):  # the caller's random state must not depend on whether a file was at hand
+        torch.manual_seed(seed)
+        model = build_model(name, 10, "digits").to(machine.device, memory_format=torch.channels_last)
+    images, labels = (tensor.to(machine.device) for tensor in load_split("digits", "train", data_root))
+    validation = load_split("digits", "val", data_root)
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    steps = epochs * (len(labels) // batch_size)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    generator = torch.Generator(machine.device).manual_seed(seed)
+    progress = tqdm(range(epochs), desc=f"train {name}", unit="epoch", disable=not machine.is_main)
+    for _ in progress:
+        model.train()
+        for index in epoch_batches(len(labels), batch_size, generator):
+            loss = F.cross_entropy(model(mild_augmentation(to_float(images[index]), generator)), labels[index], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+        progress.set_postfix(val_accuracy=f"{evaluate(model, *validation, machine)['top1_accuracy']:.1f}")
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Machine: device, mixed precision, processes, seeds
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Machine(NamedTuple):
+    """Where a script runs. One process and torchrun take the same path: rank 0 of world size 1 is a process on its own."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    amp_dtype: torch.dtype | None = None  # None: float32
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def chunk(self) -> int:
+        """Images in one forward pass without gradient: on a CPU what stays in its cache, which is faster than larger batches."""
+        return 128 if self.device.type == "cpu" else 4096
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.amp_dtype or torch.bfloat16, enabled=self.amp_dtype is not None)
+
+    def own_rows(self, batch: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a tensor whose first dimension is the global batch; parts differ by one row where they must."""
+        size = len(batch)
+        return batch[self.rank * size // self.world_size : (self.rank + 1) * size // self.world_size]
+
+    def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, on every rank."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def all_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The whole tensor whose parts `own_rows` gave out."""
+        if self.world_size == 1:
+            return rows
+        parts = [None] * self.world_size
+        dist.all_gather_object(parts, rows.cpu())
+        return torch.cat(parts).to(rows.device)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start_machine(device: str = "auto", amp: bool = False, seed: int = 0) -> Machine:
+    """Read torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK), choose the device, join the other processes, seed everything.
+
+    device: "auto" takes a GPU where there is one. amp: bfloat16 where the device has it, else float16 (with `grad_scaler`).
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is available here; use --device cpu, or check the driver with nvidia-smi")
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(chosen)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if use_cuda else "gloo")
+    amp_dtype = None
+    if amp:
+        amp_dtype = torch.float16 if use_cuda and not torch.cuda.is_bf16_supported() else torch.bfloat16
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return Machine(chosen, rank, world_size, amp_dtype)
+
+
+def grad_scaler(machine: Machine) -> torch.amp.GradScaler:
+    """Loss scaling for float16; passes everything through otherwise."""
+    return torch.amp.GradScaler(machine.device.type, enabled=machine.amp_dtype == torch.float16)
+
+
+def distribute(model: nn.Module, machine: Machine) -> nn.Module:
+    """The model to train with: itself on one rank, else DistributedDataParallel with batch-norm statistics of the global batch.
+
+    DDP averages gradients over ranks, so a rank's loss is its rows' sum × world size / global batch size.
+    """
+    if machine.world_size == 1:
+        return model
+    if machine.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    else:
+        for module in model.modules():  # torch's SyncBatchNorm takes no CPU tensors
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = GlobalBatchNorm2d
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation over the global batch of all ranks, on any backend; the parts may differ in size."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        from torch.distributed.nn.functional import all_reduce  # differentiable
+
+        count = x.numel() / x.shape[1]
+        totals = all_reduce(torch.cat([x.sum((0, 2, 3)), x.new_tensor([count])]))
+        mean = totals[:-1] / totals[-1]
+        centred = x - mean[None, :, None, None]
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / totals[-1]
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * totals[-1] / (totals[-1] - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale[None, :, None, None] + self.bias[None, :, None, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_atomically(content: object, file: str | Path) -> None:
+    """Write a checkpoint of tensors and plain values beside `file`, flush it to disk, then rename it: readers see the old one or the new one."""
+    file = Path(file)
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as stream:
+            torch.save(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, file)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        beside.unlink(missing_ok=True)
+        raise InputError(f"cannot write {file}: {error}") from error
+
+
+def load_tensors(file: str | Path, advice: str) -> object:
+    """Unpickle tensors and plain values only. Raises InputError for a missing, truncated or unsafe file."""
+    if not Path(file).is_file():
+        raise InputError(f"{file} does not exist: {advice}")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zipfile, EOF and runtime errors, as torch.load meets them
+        reason = "it holds more than tensors (code is never unpickled)" if "weights_only" in str(error).lower() else "truncated or no checkpoint"
+        raise InputError(f"cannot read {file}: {reason}; {advice}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict_logits(model: Callable, images: torch.Tensor, machine: Machine, chunk: int | None = None) -> torch.Tensor:
+    """Logits (N, classes) float32 of uint8 images (N, 3, H, W), each image on one rank exactly once, in chunks. `model` maps [0, 1] images to logits."""
+    logits = []
+    for part in machine.own_rows(images).split(chunk or machine.chunk):
+        with machine.autocast():
+            batch = to_float(part.to(machine.device)).contiguous(memory_format=torch.channels_last)
+            logits.append(model(batch).float())
+    return machine.all_rows(torch.cat(logits))
+
+
+def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, machine: Machine) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent and mean cross entropy, in eval mode; the model's mode is restored."""
+    training = model.training
+    model.eval()
+    logits, labels = predict_logits(model, images, machine), labels.to(machine.device)
+    model.train(training)
+    return {"top1_accuracy": accuracy(logits, labels), "top5_accuracy": accuracy(logits, labels, 5), "loss": F.cross_entropy(logits, labels).item()}
+
+
+def accuracy(logits: torch.Tensor, labels: torch.Tensor, top: int = 1) -> float:
+    """Percent of rows of logits (N, classes) whose label (N,) is among the `top` largest."""
+    correct = (logits.topk(min(top, logits.shape[1]), dim=1).indices == labels.to(logits.device)[:, None]).any(1)
+    return 100 * correct.double().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results: command line, run directory, logs, the table over seeds
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, defaults in the help, and both spellings of a flag (--num-samples, --num_samples)."""
+
+    def __init__(self, **keywords):
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **keywords)
+
+    def error(self, message: str):
+        sys.stderr.write(f"{self.prog}: error: {message} (see --help)\n")
+        sys.exit(2)
+
+    def parse(self, argv: list[str] | None, published: Callable[[argparse.Namespace], dict]) -> argparse.Namespace:
+        """Parse argv; a flag left out takes the --load-conf file's value, then `published(args)`'s, then its default.
+
+        published: from what is given so far (data set and model among it) to a dict of the values published for it.
+        """
+        argv = sys.argv[1:] if argv is None else argv
+        argv = [self.hyphenate(word) for word in argv]
+        given = self.parse_args(argv)
+        if given.load_conf:
+            self.set_defaults(**self.read_configuration(given.load_conf))
+            given = self.parse_args(argv)
+        for name, value in published(given).items():
+            if getattr(given, name, "") is None:
+                setattr(given, name, value)
+        return given
+
+    @staticmethod
+    def hyphenate(word: str) -> str:
+        name, equals, value = word.partition("=")
+        return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+    def read_configuration(self, file: str) -> dict:
+        try:
+            values = json.loads(Path(file).read_text())
+            if not isinstance(values, dict):
+                raise ValueError("not a JSON object")
+        except (OSError, ValueError) as error:
+            self.error(f"--load-conf {file}: {error}")
+        actions = {action.dest: action for action in self._actions}
+        # What an earlier run's args.json says of that run, not of the method.
+        skipped = set(ENVIRONMENT_KEYS) | {"run_dir", "resume", "load_conf", "evaluate", "predict", "dry_run"}
+        values = {key.replace("-", "_"): value for key, value in values.items()}
+        unknown = sorted(set(values) - set(actions) - skipped)
+        if unknown:
+            self.error(f"--load-conf {file}: unknown settings {', '.join(unknown)}")
+        defaults = {}
+        for key, value in values.items():
+            if key in skipped:
+                continue
+            action = actions[key]
+            switch = isinstance(action, (argparse._StoreTrueAction, argparse.BooleanOptionalAction))
+            if switch and not isinstance(value, bool):
+                self.error(f"--load-conf {file}: {key} is true or false, not {value!r}")
+            if value is not None and not switch:
+                try:  # the same checks as on the command line
+                    value = self._get_value(action, str(value))
+                    self._check_value(action, value)
+                except argparse.ArgumentError as error:
+                    self.error(f"--load-conf {file}: {error}")
+            defaults[key] = value
+        return defaults
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28, width=120)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        shown = action.default not in (None, argparse.SUPPRESS, False) and "default" not in (action.help or "")
+        return (action.help or "") + (" (default: %(default)s)" if shown else "")
+
+
+def number(kind: type, low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False) -> Callable[[str], float]:
+    """An argparse type: an int or a float within bounds, finite."""
+
+    def parse(text: str):
+        value = kind(text)
+        inside = (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
+        if not inside or not math.isfinite(value):
+            below = "" if high == math.inf else f" and {'<' if open_high else '≤'} {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {'>' if open_low else '≥'} {low:g}{below}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run `main`; bad input ends in one line on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}\n")
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+ENVIRONMENT_KEYS = ("git_commit", "versions", "device_name", "world_size", "command")
+
+
+class Run:
+    """A run's directory: args.json, log.jsonl, TensorBoard events, a copy of the script. Only rank 0 writes."""
+
+    def __init__(self, directory: Path, machine: Machine, arguments: dict | None, resume_step: int | None):
+        self.directory, self.machine, self.started = directory, machine, time.perf_counter()
+        self.log_file = self.writer = None
+        if not machine.is_main:
+            return
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if arguments is not None:  # None: a finished run is looked at again
+                write_json(directory / "args.json", arguments | environment(machine))
+                if Path(sys.argv[0]).suffix == ".py":
+                    shutil.copy(sys.argv[0], directory)
+            if resume_step is not None:
+                keep_log(directory / "log.jsonl", resume_step)
+            self.log_file = open(directory / "log.jsonl", "a" if resume_step is not None else "w")
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(directory, purge_step=None if resume_step is None else resume_step + 1)
+        except OSError as error:
+            raise InputError(f"cannot write the run directory {directory}: {error}; choose another with --run-dir") from error
+
+    def log(self, step: int, **values: float) -> None:
+        """One JSON line, and the numbers among it to TensorBoard."""
+        if self.log_file is None:
+            return
+        self.log_file.write(json.dumps({"step": step, **values}) + "\n")
+        self.log_file.flush()
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, step)
+
+    def finish(self, results: dict) -> dict:
+        """Write results.json with the keys that every script has, and return it."""
+        results = results | {
+            "wall_seconds": round(time.perf_counter() - self.started, 2),
+            "peak_memory_mb": round(peak_memory_mb(self.machine), 1),
+            "device": device_name(self.machine),
+        }
+        if self.machine.is_main:
+            write_json(self.directory / "results.json", results)
+            self.writer.close()
+            self.log_file.close()
+        return results
+
+
+def read_results(directory: Path) -> dict:
+    """The results.json of a finished run."""
+    try:
+        return json.loads((directory / "results.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory / 'results.json'}: no results of a finished run ({error})") from error
+
+
+def run_directory(script: str, arguments: dict, method: str, machine: Machine) -> Path:
+    """--run-dir, or runs/<script>/<dataset>-<model>-<method>-s<seed>-<time>; refuses one that is in use unless --resume (or a use of its policy)."""
+    if arguments["run_dir"]:
+        directory = Path(arguments["run_dir"])
+        if directory.exists() and not directory.is_dir():
+            raise InputError(f"{directory} is not a directory: choose another with --run-dir")
+        if directory.is_dir() and any(directory.iterdir()) and not arguments["resume"]:
+            raise InputError(f"{directory} is not empty: continue it with --resume, or choose another with --run-dir")
+        return directory
+    name = f"{arguments['dataset']}-{arguments['model']}-{method}-s{arguments['seed']}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = [name]
+    if machine.world_size > 1:
+        dist.broadcast_object_list(names)  # the clocks of two ranks may differ
+    directory = Path("runs") / script / names[0]
+    for suffix in range(2, 1000):
+        if not directory.exists() or machine.world_size > 1:
+            break
+        directory = Path("runs") / script / f"{name}-{suffix}"
+    return directory
+
+
+def write_json(file: Path, values: dict) -> None:
+    beside = file.with_name(f".{file.name}")
+    beside.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(beside, file)
+
+
+def keep_log(file: Path, step: int) -> None:
+    """Drop the lines after `step`: a resumed run writes them again."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    kept = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # a run that was killed may leave half a line
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    file.write_text("".join(kept))
+
+
+def environment(machine: Machine) -> dict:
+    """What made a number: git commit (None outside a checkout), library versions, device, processes, command."""
+    import importlib.metadata
+
+    commit = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        asked = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True, timeout=10)
+        commit = asked.stdout.strip() or None
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "kornia", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "git_commit": commit,
+        "versions": versions,
+        "device_name": device_name(machine),
+        "world_size": machine.world_size,
+        "command": " ".join(sys.argv),
+    }
+
+
+def device_name(machine: Machine) -> str:
+    if machine.device.type == "cuda":
+        return torch.cuda.get_device_name(machine.device)
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def peak_memory_mb(machine: Machine) -> float:
+    """Peak memory of this process in MiB: of the GPU where one is used, else resident memory."""
+    if machine.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(machine.device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def table_cells(results: dict) -> Iterator[tuple[str, str, str, float]]:
+    """(section, row, column, value) of one results.json: what the table over seeds shows of it."""
+    section = f"{results['script']} {results['dataset']} {results['model']}"
+    method = str(results["method"])
+    if results["script"] == "gretta":
+        setting = f"{100 * results['proportion']:g} %" if results.get("proportion") else results.get("train_on", "all")
+        if "corruptions" in results:
+            for corruption, errors in results["corruptions"].items():
+                for name, value in errors.items():
+                    yield f"{section}, top-1 error", method if name == "gretta" else name, corruption, value
+        for name, value in results["accuracy"].items():
+            yield f"{section}, accuracy", method if name == "gretta" else name, setting, value
+        return
+    for name, value in results.items():
+        if name in ("seed", "n_train", "n_eval", "peak_memory_mb") or isinstance(value, bool):
+            continue
+        if isinstance(value, (int, float)):
+            yield section, method, name, value
+        elif name in ("corruptions", "shifted") and isinstance(value, dict):
+            for key in value if name == "shifted" else [key for key in value if key.startswith("mean")]:
+                yield section, method, f"{name} {key}", value[key]
+
+
+def table(directories: list[str | Path]) -> str:
+    """A Markdown table per script, data set and model: rows are methods, columns figures, cells mean ± std over the runs' seeds."""
+    cells: dict[str, dict[str, dict[str, dict]]] = {}
+    for directory in directories:
+        file = Path(directory) / "results.json"
+        try:
+            results = read_results(Path(directory))
+            for section, row, column, value in table_cells(results):
+                # A baseline is the same figure in every run of its seed and setting: one value per seed counts.
+                cells.setdefault(section, {}).setdefault(row, {}).setdefault(column, {})[results["seed"]] = value
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file}: no results of a finished run ({type(error).__name__}: {error})") from error
+    lines = []
+    for section, rows in cells.items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        with contextlib.suppress(ValueError):
+            columns.sort(key=lambda column: float(column.removesuffix(" %")))
+        seeds = max(len(values) for row in rows.values() for values in row.values())
+        lines += [
+            f"**{section}** (mean ± std over {seeds} seed{'s' * (seeds > 1)})",
+            "",
+            f"| | {' | '.join(columns)} |",
+            "|---" * (len(columns) + 1) + "|",
+        ]
+        for row, values in rows.items():
+            lines.append(f"| {row} | {' | '.join(mean_and_std(list(values.get(column, {}).values())) for column in columns)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def mean_and_std(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{spread}"
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.split("\n\n")[-1].strip())
+    parser.add_argument("run_dirs", nargs="*", metavar="RUN_DIR", help="directories of finished runs: print their results, mean ± std over seeds")
+    parser.add_argument("--train-weights", metavar="MODEL", help="train this classifier on digits and write weights/digits-MODEL.pt")
+    parser.add_argument("--contact-sheet", metavar="PNG", help="draw every corruption at every severity")
+    args = parser.parse_args()
+    if args.contact_sheet:
+        contact_sheet(args.contact_sheet)
+    elif args.train_weights:
+        machine = start_machine()
+        model = train_classifier(args.train_weights, machine)
+        file = WEIGHTS / f"digits-{args.train_weights}.pt"
+        save_atomically(model.state_dict(), file)
+        test = evaluate(model, *load_split("digits", "test"), machine)
+        print(f"{file}: {test['top1_accuracy']:.2f} % of the 600 clean test digits, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}")
+    elif args.run_dirs:
+        print(table(args.run_dirs))
+    else:
+        parser.error("name at least one run directory")
+
+
+if __name__ == "__main__":
+    run_script(main)
