@@ -1016,14 +1016,13 @@ def torchvision_model(name: str, num_classes: int, mean: tuple, std: tuple) -> n
     return model
 
 
-def check_input_size(model: nn.Module, name: str, images: torch.Tensor) -> None:
-    """Raise InputError where the model cannot take images of this size (N, 3, H, W): some of torchvision's need 224 px."""
+def check_input_size(model: nn.Module, name: str, size: int) -> None:
+    """Raise InputError where the model does not take square images of this size: some of torchvision's need 224 px."""
     training = model.training
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, *images.shape[1:], device=images.device))
+            model.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
-        size = "×".join(str(side) for side in images.shape[-2:])
         raise InputError(f"model '{name}' does not take {size} px images: {str(error).splitlines()[0]}; choose another --model") from error
     model.train(training)
 
@@ -1078,17 +1077,20 @@ def load_weights(model: nn.Module, file: str | Path) -> nn.Module:
     return model
 
 
-def digits_weights(name: str, machine: "Machine", data_root: str | Path = "data", dry_run: bool = False) -> Path:
-    """The path of the shipped digits classifier `name` (weights/digits-<name>.pt); trained first, and kept, where the file is missing."""
+def load_digits_weights(model: nn.Module, name: str, machine: "Machine", data_root: str | Path = "data", dry_run: bool = False) -> Path:
+    """Load the shipped digits classifier `name` (weights/digits-<name>.pt) into `model`; where the file is missing, train it first and keep it."""
     file = WEIGHTS / f"digits-{name}.pt"
     if not file.is_file():
         if machine.is_main:
             print(f"{file} is missing: training {name} on the 1,000 training digits first", flush=True)
-            model = train_classifier(name, machine, data_root=data_root, epochs=1 if dry_run else 30)
-            if dry_run:  # one epoch makes no classifier worth keeping
-                file = Path(os.environ.get("TMPDIR", "/tmp")) / f"cleanaug-dry-run-{os.getpid()}-{file.name}"
-            save_atomically(model.state_dict(), file)
+        trained = train_classifier(name, machine, data_root, epochs=1 if dry_run else 30)  # alike on every rank
+        if dry_run:  # one epoch makes no classifier worth keeping
+            model.load_state_dict(trained.state_dict())
+            return file
+        if machine.is_main:
+            save_atomically(trained.state_dict(), file)
         machine.barrier()
+    load_weights(model, file)
     return file
 
 
@@ -1314,15 +1316,19 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def parse(self, argv: list[str] | None, published: Callable[[argparse.Namespace], dict]) -> argparse.Namespace:
-        """Parse argv; a flag left out takes the --load-conf file's value, then `published(args)`'s, then its default.
+        """Parse argv; a flag left out takes the --load-conf file's value (or that of the run continued), then `published(args)`'s, then its default.
 
         published: from what is given so far (data set and model among it) to a dict of the values published for it.
         """
         argv = sys.argv[1:] if argv is None else argv
         argv = [self.hyphenate(word) for word in argv]
         given = self.parse_args(argv)
-        if given.load_conf:
-            self.set_defaults(**self.read_configuration(given.load_conf))
+        configuration = given.load_conf
+        if given.run_dir and (given.resume or given.evaluate or getattr(given, "predict", None)) and not configuration:
+            earlier = Path(given.run_dir) / "args.json"  # the run that is continued or used
+            configuration = earlier if earlier.is_file() else None
+        if configuration:
+            self.set_defaults(**self.read_configuration(configuration))
             given = self.parse_args(argv)
         for name, value in published(given).items():
             if getattr(given, name, "") is None:
@@ -1334,7 +1340,7 @@ class Parser(argparse.ArgumentParser):
         name, equals, value = word.partition("=")
         return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
-    def read_configuration(self, file: str) -> dict:
+    def read_configuration(self, file: str | Path) -> dict:
         try:
             values = json.loads(Path(file).read_text())
             if not isinstance(values, dict):
@@ -1408,8 +1414,8 @@ ENVIRONMENT_KEYS = ("git_commit", "versions", "device_name", "world_size", "comm
 class Run:
     """A run's directory: args.json, log.jsonl, TensorBoard events, a copy of the script. Only rank 0 writes."""
 
-    def __init__(self, directory: Path, machine: Machine, arguments: dict | None, resume_step: int | None):
-        self.directory, self.machine, self.started = directory, machine, time.perf_counter()
+    def __init__(self, directory: Path, machine: Machine, arguments: dict | None, resume_step: int | None, started: float):
+        self.directory, self.machine, self.started = directory, machine, started
         self.log_file = self.writer = None
         if not machine.is_main:
             return
@@ -1461,24 +1467,25 @@ def read_results(directory: Path) -> dict:
 
 
 def run_directory(script: str, arguments: dict, method: str, machine: Machine) -> Path:
-    """--run-dir, or runs/<script>/<dataset>-<model>-<method>-s<seed>-<time>; refuses one that is in use unless --resume (or a use of its policy)."""
-    if arguments["run_dir"]:
-        directory = Path(arguments["run_dir"])
+    """--run-dir, or runs/<script>/<dataset>-<model>-<method>-s<seed>-<time>; InputError for one that is in use, unless --resume."""
+    answer = ["", ""]  # directory, error: rank 0 looks, and all ranks hear the same
+    if machine.is_main:
+        name = f"{arguments['dataset']}-{arguments['model']}-{method}-s{arguments['seed']}-{time.strftime('%Y%m%d-%H%M%S')}"
+        directory = Path(arguments["run_dir"] or Path("runs") / script / name)
+        for suffix in range(2, 1000):
+            if arguments["run_dir"] or not directory.exists():
+                break
+            directory = directory.with_name(f"{name}-{suffix}")
+        answer[0] = str(directory)
         if directory.exists() and not directory.is_dir():
-            raise InputError(f"{directory} is not a directory: choose another with --run-dir")
-        if directory.is_dir() and any(directory.iterdir()) and not arguments["resume"]:
-            raise InputError(f"{directory} is not empty: continue it with --resume, or choose another with --run-dir")
-        return directory
-    name = f"{arguments['dataset']}-{arguments['model']}-{method}-s{arguments['seed']}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = [name]
+            answer[1] = f"{directory} is not a directory: choose another with --run-dir"
+        elif directory.is_dir() and any(directory.iterdir()) and not arguments["resume"]:
+            answer[1] = f"{directory} is not empty: continue it with --resume, or choose another with --run-dir"
     if machine.world_size > 1:
-        dist.broadcast_object_list(names)  # the clocks of two ranks may differ
-    directory = Path("runs") / script / names[0]
-    for suffix in range(2, 1000):
-        if not directory.exists() or machine.world_size > 1:
-            break
-        directory = Path("runs") / script / f"{name}-{suffix}"
-    return directory
+        dist.broadcast_object_list(answer)
+    if answer[1]:
+        raise InputError(answer[1])
+    return Path(answer[0])
 
 
 def write_json(file: Path, values: dict) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import common
 from common import InputError, number
@@ -320,7 +321,7 @@ class BlackBox:
 def level_loss(query: Callable, images: torch.Tensor, labels: torch.Tensor, transform: str, chunk: int, totals: torch.Tensor | None = None) -> Loss:
     """The function from levels (P·B, K) to cross entropies (P·B,) of the transformed images, asked for in chunks.
 
-    totals (3,) accumulates the sum of cross entropies, the number of correct answers and the number of rows.
+    totals (3 or more,) accumulates the sum of cross entropies, the number of correct answers and the number of rows.
     """
 
     def loss(levels: torch.Tensor) -> torch.Tensor:
@@ -331,7 +332,7 @@ def level_loss(query: Callable, images: torch.Tensor, labels: torch.Tensor, tran
             losses.append(F.cross_entropy(logits, labels[index], reduction="none"))
             if totals is not None:
                 correct = (logits.detach().argmax(1) == labels[index]).sum()
-                totals.add_(torch.stack([losses[-1].detach().sum(), correct, torch.ones_like(index).sum()]))
+                totals[:3] += torch.stack([losses[-1].detach().sum(), correct, torch.ones_like(index).sum()])
         return torch.cat(losses)
 
     return loss
@@ -344,8 +345,6 @@ def distil_student(
 
     Only the classifier's outputs are used. Adam 1e-3, cosine. The same on every rank, so that the students agree.
     """
-    from tqdm import tqdm
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = common.build_model("student", num_classes, dataset).to(machine.device, memory_format=torch.channels_last)
@@ -568,11 +567,12 @@ def predict_folder(
     from PIL import Image
 
     policy.eval()
+    alone = machine._replace(rank=0, world_size=1)  # only one rank predicts
     transformed = []
     for chunk in images.split(machine.chunk):
         transformed.append(common.to_uint8(gretta_steps(policy, common.to_float(chunk.to(machine.device)), transform, steps)[0][-1]).cpu())
     transformed = torch.cat(transformed)
-    before, after = (common.predict_logits(classifier, shown, machine).softmax(1).cpu().max(1) for shown in (images, transformed))
+    before, after = (common.predict_logits(classifier, shown, alone).softmax(1).cpu().max(1) for shown in (images, transformed))
     (directory / "predictions").mkdir(exist_ok=True)
     with open(directory / "predictions.csv", "w", newline="") as stream:
         writer = csv.writer(stream)
@@ -647,8 +647,7 @@ def load_sets(train_on: str, dataset: str, proportion: float, target_split: str,
 
 
 def main() -> None:
-    from tqdm import tqdm
-
+    started = time.perf_counter()
     args = parse_args()
     machine = common.start_machine(args.device, args.amp, args.seed)
     num_classes, num_levels = common.NUM_CLASSES[args.dataset], len(TRANSFORM_SETS[args.transform])
@@ -680,9 +679,13 @@ def main() -> None:
 
     # Models.
     classifier = common.build_model(args.model, num_classes, args.dataset)
-    weights = args.weights or common.digits_weights(args.model, machine, args.data_root, args.dry_run)
-    common.load_weights(classifier, weights).to(machine.device, memory_format=torch.channels_last)
-    common.check_input_size(classifier, args.model, train_images)
+    common.check_input_size(classifier, args.model, train_images.shape[-1])
+    if args.weights:
+        weights = Path(args.weights)
+        common.load_weights(classifier, weights)
+    else:
+        weights = common.load_digits_weights(classifier, args.model, machine, args.data_root, args.dry_run)
+    classifier.to(machine.device, memory_format=torch.channels_last)
     black_box = BlackBox(classifier, machine, args.est == "whitebox")
     policy = Policy(args.policy, num_levels, args.sigmoid, args.init).to(machine.device)
     optimizer = OPTIMIZERS[args.opt](policy.parameters(), lr=args.lr)
@@ -695,10 +698,11 @@ def main() -> None:
     if use_policy:
         saved = common.load_tensors(args.weights_policy or directory / "checkpoint.pt", "give the checkpoint.pt of a finished run")
         common.load_weights(policy, args.weights_policy or directory / "checkpoint.pt")
+        saved = saved if "history" in saved else None  # a bare state dict says nothing of its run
     elif args.resume and args.run_dir and (Path(args.run_dir) / "checkpoint.pt").is_file():
         saved = common.load_tensors(Path(args.run_dir) / "checkpoint.pt", "remove the directory to start afresh")
         common.load_weights(policy, Path(args.run_dir) / "checkpoint.pt")
-    if saved is not None and args.resume and saved.get("finished"):
+    if saved is not None and not use_policy and saved["finished"]:
         results = common.read_results(Path(args.run_dir))
         if machine.is_main:
             print(f"{args.run_dir} holds a finished run:")
@@ -707,13 +711,14 @@ def main() -> None:
     in_place = use_policy and directory is not None and not args.weights_policy
     if not in_place:
         directory = common.run_directory("gretta", vars(args), args.est, machine)
-    arguments = vars(args) | {"run_dir": str(directory), "weights": str(weights), "device": machine.device.type}
-    run = common.Run(directory, machine, None if in_place else arguments, saved["step"] if saved and not args.weights_policy else None)
+    arguments = vars(args) | {"run_dir": str(directory)}
+    run = common.Run(directory, machine, None if in_place else arguments, saved["step"] if saved and not args.weights_policy else None, started)
     if machine.is_main:
         print(" ".join(f"{name}={value}" for name, value in arguments.items()))
         print(
             f"{len(train_labels)} images train the policy, {n_eval} evaluate it; {num_levels} levels, {args.batch_size * args.num_samples * 2} queries per step"
         )
+        print(f"classifier: {weights}")
         if args.resume and saved is None:
             print(f"{directory} holds no checkpoint: starting afresh")
 
@@ -741,6 +746,7 @@ def main() -> None:
         train_policy, black_box.classifier = torch.compile(train_policy), torch.compile(black_box.classifier)
     step = queries = epoch = 0
     history: list[dict] = []
+    state = saved
     if saved is not None:
         step, queries, epoch, history = saved["step"], saved["queries"], saved["epoch"], saved["history"]
         queries_distillation = saved["queries_distillation"]
@@ -749,13 +755,14 @@ def main() -> None:
         scaler.load_state_dict(saved["scaler"])
         generator.set_state(saved["generator"])
         torch.set_rng_state(saved["torch_random"])
-    val_none = common.evaluate(classifier, *sets["val"], machine)["top1_accuracy"]
+    val_none = 0.0 if use_policy else common.evaluate(classifier, *sets["val"], machine)["top1_accuracy"]
+    reg_images = None if sets["reg"] is None else sets["reg"].to(machine.device)
     total_steps = args.epochs * steps_per_epoch
     progress = tqdm(total=total_steps, initial=step, desc="train the policy", unit="step", disable=not machine.is_main or use_policy)
     resumed_at, clock = queries, time.perf_counter()
     while epoch < args.epochs and not use_policy:
         policy.train()
-        totals = torch.zeros(3, device=machine.device)  # sums over the epoch's queries: cross entropy, correct, rows
+        totals = torch.zeros(4, device=machine.device)  # sums over the epoch: cross entropy, correct, rows of the queries; the objective
         for index in common.epoch_batches(len(train_labels), args.batch_size, generator):
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * step / total_steps))
@@ -779,30 +786,27 @@ def main() -> None:
                 gradient = vanilla_gradient(loss, detached, args.num_samples, args.sigma, args.beta, noise[..., :num_levels])
             # ⟨g, v⟩ has the gradient g with respect to v; DDP averages over ranks, hence the world size.
             objective = (gradient * levels).sum() * machine.world_size / args.batch_size
-            if sets["reg"] is not None:
-                rows = torch.randint(len(sets["reg"]), (args.batch_size,), generator=generator, device=machine.device)
+            if reg_images is not None:
+                rows = torch.randint(len(reg_images), (args.batch_size,), generator=generator, device=machine.device)
                 applied = 0.25 + 0.5 * torch.rand(args.batch_size, num_levels, generator=generator, device=machine.device)
-                unlabelled = common.to_float(machine.own_rows(sets["reg"].to(machine.device)[rows]))
+                unlabelled = common.to_float(machine.own_rows(reg_images[rows]))
                 consistency = consistency_loss(train_policy, unlabelled, machine.own_rows(applied), args.transform)
                 objective = objective + args.reg_weight * consistency.sum() * machine.world_size / args.batch_size
+            totals[3] += objective.detach()
             optimizer.zero_grad()
             scaler.scale(objective).backward()
             scaler.step(optimizer)
             scaler.update()
             step += 1
             if step % args.log_every == 0 or step == total_steps:
-                loss_now, correct, rows_now = machine.all_sum(totals.clone()).tolist()
-                if not math.isfinite(loss_now):
-                    raise InputError(
-                        f"the loss is {loss_now} at step {step} (lr {args.lr:g}): lower --lr; the last good checkpoint is {directory / 'checkpoint.pt'}"
-                    )
+                loss_now, correct, rows_now = finite_totals(machine.all_sum(totals.clone()), step, args.lr, directory, progress)
                 shown = {"loss": loss_now / rows_now, "accuracy": 100 * correct / rows_now}
                 run.log(step, **shown, lr=group["lr"], queries=queries + int(rows_now))
                 speed = (queries + rows_now - resumed_at) / (time.perf_counter() - clock)
                 progress.set_postfix_str(f"loss {shown['loss']:.3f}, accuracy {shown['accuracy']:.1f} %, {speed:.0f} queries/s", refresh=False)
                 progress.update(step - progress.n)
         epoch += 1
-        loss_sum, correct, rows = machine.all_sum(totals).tolist()
+        loss_sum, correct, rows = finite_totals(machine.all_sum(totals), step, args.lr, directory, progress)
         queries += int(rows)
         if epoch % args.checkpoint_every != 0 and epoch != args.epochs:
             continue
@@ -827,7 +831,6 @@ def main() -> None:
         return sum(per_set[name][predictor] for name in names) / len(names)
 
     accuracy = {predictor: mean_over(list(per_set), predictor) for predictor in per_set[next(iter(per_set))]}
-    forwards = {"none": 1, "five_crop": 5, "ten_crop": 10, "bn_adapt": 1, "gretta": args.steps}
     corruptions = {}
     if args.train_on == "augmented":
         for name in common.CORRUPTIONS:
@@ -852,22 +855,31 @@ def main() -> None:
         "policy": args.policy,
         "queries": queries,
         "queries_distillation": queries_distillation,
-        "queries_evaluation": n_eval * sum(forwards.values()),
         "accuracy": accuracy,
         **corruptions,
     }
     if machine.is_main:
         shown, shown_labels = next(iter(sets["test"].values()))
         draw_examples(directory / "examples.png", classifier, policy, shown[:8], shown_labels[:8], args.transform, max(args.steps, 2), machine)
-        if history:
+        if not use_policy:
             draw_curves(directory / "curves.png", history, val_none, f"GrETTA ({args.est}) on {args.dataset}, {args.model}, seed {args.seed}")
         if args.predict:
             predict_folder(files, pictures, directory, classifier, policy, args.transform, args.steps, machine)
         if not use_policy:
             common.save_atomically(state | {"finished": True}, directory / "checkpoint.pt")
+    run.log(step, **{f"test_{name}": value for name, value in accuracy.items()})
     results = run.finish(results)
     if machine.is_main:
         print_results(results, directory)
+
+
+def finite_totals(totals: torch.Tensor, step: int, lr: float, directory: Path, progress: tqdm) -> list[float]:
+    """The sums of cross entropy, correct answers and rows; InputError where they, or the objective, are not finite."""
+    values = totals.tolist()
+    if not all(math.isfinite(value) for value in values):
+        progress.close()
+        raise InputError(f"the loss is not finite at step {step} (lr {lr:g}): lower --lr; the last good checkpoint is {directory / 'checkpoint.pt'}")
+    return values[:3]
 
 
 def protocol_line(dataset: str, split: str, train_on: str, proportion: float, transform: str, steps: int, n_train: int, n_eval: int) -> str:

@@ -1,0 +1,395 @@
+"""Bad input: exit code 2, one line on stderr that says what is wrong and where, and nothing written or overwritten."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script
+from PIL import Image
+
+import common
+import gretta
+
+RESNEXT = common.WEIGHTS / "digits-resnext.pt"
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def contents(directory: Path) -> dict:
+    """Everything below a directory: {path: bytes, or None for a directory}."""
+    return {path: path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
+
+
+def refused(directory: Path, *command: object, names: tuple = (), **environment: str) -> str:
+    """Run the command, which must be refused in one line that holds all of `names` and must leave `directory` as it is; returns the line."""
+    before = contents(directory)
+    line = run_script(*command, expect=2, **environment).stderr
+    assert line.count("\n") == 1 and line.endswith("\n") and f"{command[0]}: error: " in line, line
+    assert [name for name in names if str(name) not in line] == [], line
+    assert contents(directory) == before
+    return line
+
+
+def gretta_refuses(directory: Path, *flags: object, names: tuple = (), **environment: str) -> str:
+    """As `refused`, for gretta.py with a new run directory below `directory`; where it is not refused, --dry-run makes it quick."""
+    return refused(directory, "gretta.py", "--dry-run", "--run-dir", directory / "run", *flags, names=names, **environment)
+
+
+# ------------------------------------------------------------------------------------------------------------------ flags
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        *(("--proportion", value) for value in ("0", "1", "-0.1", "nan", "abc")),
+        *(("--batch-size", value) for value in ("0", "2.5")),
+        *(("--num-samples", value) for value in ("0", "-3")),
+        ("--sigma", "0"),
+        ("--alpha", "1.5"),
+        ("--lr", "inf"),
+        ("--steps", "0"),
+        ("--est", "nonsense"),
+        ("--reg", "nonsense"),
+        ("--dataset", "nonsense"),
+        ("--device", "nonsense"),
+    ],
+)
+def test_values_out_of_range(flag, value, tmp_path):
+    gretta_refuses(tmp_path, flag, value, names=(flag, value))
+
+
+@pytest.mark.parametrize("flags", [["--nonsense"], ["--nonsense", "1"], ["nonsense"], ["--num-sample", "3"]])
+def test_unknown_flags(flags, tmp_path):
+    """Abbreviations are not guessed at."""
+    gretta_refuses(tmp_path, *flags, names=flags)
+
+
+def test_a_line_stays_one_line_whatever_was_typed(tmp_path):
+    gretta_refuses(tmp_path, "--reg", "two\nlines", names=("--reg", "two"))
+
+
+def test_unknown_model(tmp_path):
+    gretta_refuses(tmp_path, "--model", "nonsense", names=("model", "nonsense", "resnext", "wideresnet"))
+
+
+def test_model_that_does_not_take_small_images(tmp_path):
+    gretta_refuses(tmp_path, "--model", "inception_v3", names=("inception_v3", "32 px"))
+
+
+def test_cuda_where_there_is_none(tmp_path):
+    gretta_refuses(tmp_path, "--device", "cuda", names=("--device cuda",), CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.parametrize("flags", [["--proportion", "0.001"], ["--batch-size", "100000"]])
+def test_fewer_images_than_a_batch(flags, tmp_path):
+    """Without --dry-run, which takes few images itself."""
+    refused(tmp_path, "gretta.py", "--run-dir", tmp_path / "run", *flags, names=("--batch-size", "--proportion", {"0.001": "6 images"}.get(flags[1], "1200 images")))  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [["--num_samples", "1"], ["--num-samples", "1"], ["--num_samples=1"]])
+def test_both_spellings_of_a_flag(flags, tmp_path):
+    run_script("gretta.py", "--dry-run", "--run-dir", tmp_path / "run", *flags)
+    assert json.loads((tmp_path / "run/args.json").read_text())["num_samples"] == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ --load-conf
+
+
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        (None, ()),
+        ("", ()),
+        ("nonsense", ()),
+        ("[1, 2]", ()),
+        ("\xff\xfe\x00", ()),
+        ('{"nonsense": 1}', ("nonsense",)),
+        ('{"two\\nlines": 1}', ("two",)),
+        ('{"batch_size": "many"}', ("--batch-size", "many")),
+        ('{"batch_size": 2.5}', ("--batch-size", "2.5")),
+        ('{"batch_size": [24]}', ("--batch-size", "[24]")),
+        ('{"sigma": null}', ("sigma",)),
+        ('{"dataset": null}', ("dataset",)),
+        ('{"proportion": 1}', ("--proportion", "1")),
+        ('{"est": "nonsense"}', ("--est", "nonsense")),
+        ('{"reg": "nonsense"}', ("--reg", "nonsense")),
+        ('{"amp": "yes"}', ("amp", "yes")),
+        ('{"sigmoid": 1}', ("sigmoid", "1")),
+    ],
+)
+def test_load_conf(text, names, tmp_path):
+    if text is not None:
+        (tmp_path / "conf.json").write_bytes(text.encode("latin-1"))
+    where = () if "--reg" in names else ("--load-conf", tmp_path / "conf.json")
+    gretta_refuses(tmp_path, "--load-conf", tmp_path / "conf.json", names=(*where, *names))
+
+
+# ------------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def save_trap(file: Path, made: Path, how: str) -> None:
+    """A checkpoint that makes a file when it is unpickled without care; tried here."""
+    if how == "pickle":
+        file.write_bytes(pickle.dumps(Trap(made)))
+        pickle.loads(file.read_bytes())
+    else:
+        torch.save({"state_dict": {"weight": Trap(made)}}, file, _use_new_zipfile_serialization=how == "zip")
+        torch.load(file, weights_only=False)
+    made.unlink()
+
+
+@pytest.mark.parametrize("flag", ["--weights", "--weights-policy", "--student"])
+def test_a_missing_checkpoint(flag, tmp_path):
+    extra = {"--weights": [], "--weights-policy": ["--evaluate"], "--student": ["--est", "surrogate"]}[flag]
+    gretta_refuses(tmp_path, flag, tmp_path / "none.pt", *extra, names=(tmp_path / "none.pt", "does not exist"))
+
+
+@pytest.mark.parametrize("what", ["truncated", "empty", "random bytes", "a folder", "a list", "no tensors", "keys that are no text"])
+def test_a_file_that_is_no_checkpoint(what, tmp_path):
+    file = tmp_path / "weights.pt"
+    if what in ("truncated", "empty", "random bytes"):
+        whole = RESNEXT.read_bytes()
+        file.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "random bytes": np.random.default_rng(0).bytes(1000)}[what])
+    elif what == "a folder":
+        file.mkdir()
+    else:
+        torch.save(
+            {"a list": [torch.zeros(3)], "no tensors": {"state_dict": {"weight": 3}}, "keys that are no text": {0: torch.zeros(3)}}[what], file
+        )
+    gretta_refuses(tmp_path, "--weights", file, names=(file,))
+
+
+@pytest.mark.parametrize("model, other", [("resnext", "wideresnet"), ("wideresnet", "resnext")])
+def test_checkpoint_of_another_model(model, other, tmp_path):
+    """The line names keys of both: missing ones and unexpected ones."""
+    file = common.WEIGHTS / f"digits-{other}.pt"
+    line = gretta_refuses(tmp_path, "--model", model, "--weights", file, names=(file, "missing", "unexpected"))
+    wanted, given = (common.build_model(name, 10, "digits").state_dict().keys() for name in (model, other))
+    assert any(key in line for key in wanted - given) and any(key in line for key in given - wanted)
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("flag", ["--weights", "--weights-policy"])
+def test_a_checkpoint_with_code_in_it_is_not_unpickled(flag, how, tmp_path):
+    save_trap(tmp_path / "trap.pt", tmp_path / "made", how)
+    gretta_refuses(tmp_path, flag, tmp_path / "trap.pt", *["--evaluate"] * (flag != "--weights"), names=(tmp_path / "trap.pt",))
+
+
+def test_a_student_that_does_not_fit_is_found_before_anything_is_written(tmp_path):
+    gretta_refuses(tmp_path, "--est", "surrogate", "--student", RESNEXT, names=(RESNEXT, "missing"))
+
+
+@pytest.mark.parametrize("outer", [None, "state_dict", "model_state_dict", "weights"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_load_weights_takes_state_dicts_as_people_save_them(outer, prefix, tmp_path):
+    """All give the same logits as the model they were saved from."""
+    saved = common.build_model("resnext", 10, "digits").eval()
+    state = {prefix + key: value for key, value in saved.state_dict().items()}
+    torch.save({outer: state, "epoch": 3} if outer else state, tmp_path / "weights.pt")
+    loaded = common.load_weights(common.build_model("resnext", 10, "digits"), tmp_path / "weights.pt").eval()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), saved(images)) and saved(images).std() > 0
+
+
+@pytest.mark.parametrize(
+    "content, names",
+    [
+        (None, ("does not exist",)),
+        (torch.zeros(3), ()),
+        ([torch.zeros(3)], ()),
+        ({}, ()),
+        ({"state_dict": {}}, ()),
+        ({"weight": 3}, ()),
+        ({0: torch.zeros(3)}, ()),
+        ({"weight": torch.zeros(4, 3)}, ("missing", "bias")),
+        ({"weight": torch.zeros(4, 3), "bias": torch.zeros(4), "extra": torch.zeros(1)}, ("unexpected", "extra")),
+        ({"weight": torch.zeros(4, 2), "bias": torch.zeros(4)}, ("weight", "(4, 2)", "(4, 3)")),
+        ({"module.weight": torch.zeros(4, 3), "bias": torch.zeros(4)}, ("module.weight",)),
+    ],
+)
+def test_load_weights_refuses_what_does_not_fit(content, names, tmp_path):
+    """In one line; the model keeps the weights it had."""
+    file, model = tmp_path / "weights.pt", torch.nn.Linear(3, 4)
+    if content is not None:
+        torch.save(content, file)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(common.InputError) as caught:
+        common.load_weights(model, file)
+    message = str(caught.value)
+    assert "\n" not in message and str(file) in message and all(name in message for name in names), message
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
+def test_load_weights_unpickles_no_code(how, tmp_path):
+    save_trap(tmp_path / "trap.pt", tmp_path / "made", how)
+    with pytest.raises(common.InputError) as caught:
+        common.load_weights(torch.nn.Linear(3, 4), tmp_path / "trap.pt")
+    assert "\n" not in str(caught.value) and not (tmp_path / "made").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ run directories
+
+
+def test_run_directory_that_is_a_file(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    gretta_refuses(tmp_path, names=(tmp_path / "run", "--run-dir"))
+
+
+def test_run_directory_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    gretta_refuses(tmp_path, "--run-dir", tmp_path / "file/run", names=(tmp_path / "file/run", "--run-dir"))
+
+
+@pytest.mark.parametrize("directory", ["/proc/cleanaug", "/dev/null/x"])
+def test_run_directory_where_nobody_can_write(directory, tmp_path):
+    """Root ignores permissions, but not these."""
+    gretta_refuses(tmp_path, "--run-dir", directory, names=(directory, "--run-dir"))
+    assert not Path(directory).exists()
+
+
+def test_run_directory_in_use(tmp_path):
+    """It is not overwritten without --resume, whatever is in it."""
+    (tmp_path / "run").mkdir()
+    for name in ("args.json", "log.jsonl", "checkpoint.pt", "results.json", "mine.txt"):
+        (tmp_path / "run" / name).write_text("mine")
+    gretta_refuses(tmp_path, names=(tmp_path / "run", "--resume"))
+
+
+@pytest.mark.parametrize("what", ["damaged args.json", "damaged checkpoint", "other model's checkpoint", "bare state dict"])
+def test_resume_of_a_damaged_run(what, tmp_path):
+    run, state = tmp_path / "run", gretta.Policy("resnet18", 4, False, "zero").state_dict()
+    run.mkdir()
+    checkpoint = run / "checkpoint.pt"
+    if what == "damaged args.json":
+        (run / "args.json").write_text('{"seed": ')
+    elif what == "damaged checkpoint":
+        checkpoint.write_bytes(RESNEXT.read_bytes()[:1000])
+    else:
+        torch.save(torch.load(RESNEXT, weights_only=True) if what.startswith("other") else state, checkpoint)
+    gretta_refuses(tmp_path, "--resume", names=(run / "args.json" if "args" in what else checkpoint,))
+
+
+# ---------------------------------------------------------------------------------------------------- --evaluate, --predict
+
+
+def test_evaluate_needs_a_policy(tmp_path):
+    """Without --run-dir a run would go to runs/; its name has the seed in it."""
+    refused(tmp_path, "gretta.py", "--evaluate", "--dry-run", "--seed", "987654", names=("--run-dir", "--weights-policy"))
+    assert not list((ROOT / "runs").rglob("*s987654*"))
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_evaluate_of_a_run_without_checkpoint(exists, tmp_path):
+    if exists:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/args.json").write_text("{}")
+    gretta_refuses(tmp_path, "--evaluate", names=(tmp_path / "run/checkpoint.pt", "does not exist"))
+
+
+def test_evaluate_with_the_policy_of_another_transform_set(tmp_path):
+    """The line names the head's key and both its shapes."""
+    file = tmp_path / "policy.pt"
+    torch.save({"state_dict": gretta.Policy("resnet18", 7, False, "zero").state_dict()}, file)
+    gretta_refuses(tmp_path, "--evaluate", "--transform", "geometry", "--weights-policy", file, names=(file, "fc.weight", "(7, 512)", "(4, 512)"))
+
+
+def test_predict_of_a_missing_or_empty_folder(tmp_path):
+    gretta_refuses(tmp_path, "--predict", tmp_path / "none", names=("--predict", tmp_path / "none", "no such folder"))
+    (tmp_path / "empty").mkdir()
+    gretta_refuses(tmp_path, "--predict", tmp_path / "empty", names=("--predict", tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", "half"])
+def test_predict_of_an_unreadable_picture(content, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.effect_noise((40, 40), 50).save(folder / "fine.png")
+    (folder / "broken.png").write_bytes((folder / "fine.png").read_bytes()[:600] if content == "half" else content)
+    gretta_refuses(tmp_path, "--predict", folder, names=("--predict", folder / "broken.png"))
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in gretta.IMAGE_SUFFIXES if suffix not in (".jpeg", ".tif")])
+def test_pictures_damaged_anywhere_are_refused_by_name(suffix, tmp_path):
+    """Cut off, or with bytes changed, at many places: read, or an InputError that names the file, but nothing else."""
+    file, generator = tmp_path / f"picture{suffix}", np.random.default_rng(0)
+    Image.fromarray(generator.integers(0, 255, (12, 12, 3), dtype=np.uint8)).save(file)
+    whole, faults = file.read_bytes(), 0
+    for place in range(0, len(whole), max(1, len(whole) // 150)):
+        changed = bytearray(whole)
+        changed[place : place + 4] = generator.bytes(len(changed[place : place + 4]))
+        for damaged in (whole[:place], bytes(changed)):
+            file.write_bytes(damaged)
+            try:
+                gretta.read_folder(str(tmp_path), 32)
+            except common.InputError as error:
+                assert str(file) in str(error)
+                faults += 1
+    assert faults > 20
+
+
+# ------------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("what", ["truncated", "empty", "objects", "an array missing", "wrong shape", "labels out of range", "no test digits"])
+def test_damaged_data(what, tmp_path):
+    """An array of pickled objects is not unpickled."""
+    file = tmp_path / "data/digits.npz"
+    shutil.copytree(ROOT / "data", tmp_path / "data")
+    if what in ("truncated", "empty"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2 if what == "truncated" else 0])
+    else:
+        arrays = dict(np.load(file))
+        if what == "objects":
+            arrays["images"] = np.full((1797, 8, 8), Trap(tmp_path / "made"), dtype=object)
+        elif what == "an array missing":
+            del arrays["labels"]
+        elif what == "wrong shape":
+            arrays["images"] = arrays["images"][:100]
+        elif what == "labels out of range":
+            arrays["labels"] = arrays["labels"] + 7
+        else:
+            arrays["split"] = np.minimum(arrays["split"], 1)
+        np.savez(file, **arrays)
+        (tmp_path / "made").unlink(missing_ok=True)
+    gretta_refuses(tmp_path, "--data-root", tmp_path / "data", names=(file,))
+
+
+def test_missing_data(tmp_path):
+    """A folder that is named but holds no data is not replaced by the repository's; the line names the expected file and how to get it."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
+    for root in (tmp_path / "empty", tmp_path / "none", tmp_path / "file", "no-such-folder"):
+        gretta_refuses(tmp_path, "--data-root", root, names=(Path(root) / "digits.npz", "missing", "--data-root", "git checkout"))
+
+
+# ------------------------------------------------------------------------------------------------------- python common.py
+
+
+@pytest.mark.parametrize("text", [None, "", '{"script": "gretta", ', "[]", "{}", '{"script": "gretta", "dataset": "digits", "model": "resnext"}'])
+def test_table_of_a_run_without_results(text, tmp_path):
+    (tmp_path / "run").mkdir()
+    if text is not None:
+        (tmp_path / "run/results.json").write_text(text)
+    refused(tmp_path, "common.py", tmp_path / "run", names=(tmp_path / "run/results.json",))
+
+
+def test_table_of_no_run(tmp_path):
+    refused(tmp_path, "common.py", names=("run directory",))
+
+
+def test_table_with_an_unknown_flag(tmp_path):
+    refused(tmp_path, "common.py", "--nonsense", tmp_path, names=("--nonsense",))
