@@ -31,7 +31,7 @@ from common import InputError, number
 # Settings by data set; a flag left out takes its value from here. "updates" is the number of steps that --epochs defaults to.
 # Tuned on the modified validation digits (--target-split val); the true gradient is rougher than the estimates, which smooth it, and
 # costs 24 times fewer queries a step, hence its smaller steps and more of them.
-PUBLISHED = {
+SETTINGS = {
     "digits": {
         "vanilla": {"opt": "adam", "lr": 5e-4, "batch_size": 24, "train_on": "target", "updates": 120},
         "surrogate": {"opt": "adam", "lr": 5e-4, "batch_size": 24, "train_on": "target", "updates": 120},
@@ -64,7 +64,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint-every", type=number(int, 1), metavar="EPOCHS", help="epochs between checkpoints (default: a tenth of the run)")
     add("--log-every", type=number(int, 1), default=10, metavar="STEPS", help="steps between lines of log.jsonl")
     add("--load-conf", metavar="FILE", help="defaults from the args.json of an earlier run, or any JSON of flags")
-    add("-e", "--evaluate", nargs="?", const=True, default=False, type=boolean, help="only evaluate the policy of --run-dir or --weights-policy")
+    add(
+        "-e",
+        "--evaluate",
+        nargs="?",
+        const=True,
+        default=False,
+        type=common.boolean,
+        help="only evaluate the policy of --run-dir or --weights-policy",
+    )
     add(
         "--predict",
         metavar="FOLDER",
@@ -72,8 +80,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--dry-run", action="store_true", help="one small step of every phase, same outputs")
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=tuple(PUBLISHED), default="digits")
-    add("--data-root", default="data", metavar="DIR")
+    add("--dataset", choices=tuple(SETTINGS), default="digits", help="digits comes with the repository")
+    add("--data-root", default="data", metavar="DIR", help="where the data sets lie")
     add("--workers", type=number(int, 0), default=0, help="loader processes; the sets that live on the device need none")
     add(
         "--train-on",
@@ -113,23 +121,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="none",
         help="consistency regulariser, on unlabelled target images or on training images under a corruption",
     )
-    add("--reg-weight", type=number(float, 0), default=0.1)
+    add("--reg-weight", type=number(float, 0), default=0.1, help="weight of the regulariser")
     add("--steps", type=number(int, 1, 16), default=1, help="times the policy is applied at test time")
     add = parser.add_argument_group("optimiser").add_argument
-    add("--opt", choices=tuple(OPTIMIZERS), help="(default: adam)")
+    add("--opt", choices=tuple(OPTIMIZERS), help="optimiser of the policy (default: by data set)")
     add("--lr", type=number(float, 0, open_low=True), help="learning rate, cosine to zero (default: by data set)")
-    add("--epochs", type=number(int, 1), help="passes over the training part (default: by data set; for digits as many as make 120 steps)")
+    add(
+        "--epochs",
+        type=number(int, 1),
+        help="passes over the training part (default: by data set and --est; for digits as many as make 120 steps, whitebox 300)",
+    )
     add("--batch-size", type=number(int, 1), help="images per step over all ranks (default: by data set)")
-    args = parser.parse(argv, lambda given: PUBLISHED[given.dataset][given.est])
+    args = parser.parse(argv, lambda given: SETTINGS[given.dataset][given.est])
     if args.reg not in ("none", "test", *common.CORRUPTIONS, *common.EXTRA_CORRUPTIONS):
         parser.error(f"--reg {args.reg}: choose none, test or a corruption: {', '.join(common.CORRUPTIONS + common.EXTRA_CORRUPTIONS)}")
     return args
-
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0"):
-        raise argparse.ArgumentTypeError(f"{text}: true or false")
-    return text.lower() in ("true", "1")
 
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}
@@ -672,7 +678,7 @@ def main() -> None:
     if args.batch_size < machine.world_size:
         raise InputError(f"--batch-size {args.batch_size} is smaller than the {machine.world_size} processes")
     if args.epochs is None:
-        args.epochs = math.ceil(PUBLISHED[args.dataset][args.est]["updates"] / max(steps_per_epoch, 1))
+        args.epochs = math.ceil(SETTINGS[args.dataset][args.est]["updates"] / max(steps_per_epoch, 1))
     if args.checkpoint_every is None:
         args.checkpoint_every = max(1, args.epochs // 10)
     n_eval = sum(len(labels) for _, labels in sets["test"].values())
