@@ -94,8 +94,8 @@ def load_digits(split: str, data_root: str | Path = "data") -> tuple[torch.Tenso
 
 
 def find_data(name: str, data_root: str | Path) -> Path:
-    """The file `name` under data_root, which is looked for in the working directory first and then beside this file."""
-    candidates = [Path(data_root) / name, ROOT / data_root / name]
+    """The file `name` under data_root; the default "data" is also looked for beside this file, for scripts run from elsewhere."""
+    candidates = [Path(data_root) / name] + ([ROOT / "data" / name] if str(data_root) == "data" else [])
     for candidate in candidates:
         if candidate.is_file():
             return candidate
@@ -1291,7 +1291,7 @@ def run_script(main: Callable[[], None]) -> None:
     """Run `main`; bad input ends in one line on stderr and exit code 2."""
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:  # an OSError names the file and what the system said
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}\n")
         sys.exit(2)
     finally:
@@ -1339,7 +1339,7 @@ class Run:
         """Write results.json with the keys that every script has, and return it."""
         results = results | {
             "wall_seconds": round(time.perf_counter() - self.started, 2),
-            "peak_memory_mb": round(peak_memory_mb(self.machine), 1),
+            "peak_memory_mb": round(peak_memory_mb(self.machine)),
             "device": device_name(self.machine),
         }
         if self.machine.is_main:
@@ -1436,7 +1436,7 @@ def table_cells(results: dict) -> Iterator[tuple[str, str, str, float]]:
     """(section, row, column, value) of one results.json: what the table over seeds shows of it."""
     section = f"{results['script']} {results['dataset']} {results['model']}"
     method = str(results["method"])
-    if results["script"] == "gretta":
+    if isinstance(results.get("accuracy"), dict):  # gretta: baselines are rows beside the method
         setting = f"{100 * results['proportion']:g} %" if results.get("proportion") else results.get("train_on", "all")
         if "corruptions" in results:
             for corruption, errors in results["corruptions"].items():

@@ -28,6 +28,8 @@ from tqdm import tqdm
 import common
 from common import InputError, number
 
+SCRIPT = Path(__file__).stem  # a copy of this file, changed, reports under its own name
+
 # Settings by data set; a flag left out takes its value from here. "updates" is the number of steps that --epochs defaults to.
 # Tuned on the modified validation digits (--target-split val); the true gradient is rougher than the estimates, which smooth it, and
 # costs 24 times fewer queries a step, hence its smaller steps and more of them.
@@ -553,7 +555,7 @@ def read_folder(folder: str, size: int) -> tuple[list[Path], torch.Tensor]:
                 # to 32 px or so: the box filter of thumbnails would alias, bicubic with antialiasing is PIL's default
                 fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
                 images.append(torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # a damaged picture raises whatever its decoder meets
             raise InputError(f"--predict: {file} is not a readable image ({error}): remove it from the folder") from error
     return files, torch.stack(images)
 
@@ -670,6 +672,7 @@ def main() -> None:
         sets["train"], sets["val"] = (tuple(part[: args.batch_size] for part in sets["train"]), tuple(part[:64] for part in sets["val"]))
         args.epochs, args.num_samples = 1, min(args.num_samples, 2)
     train_images, train_labels = (part.to(machine.device) for part in sets["train"])
+    sets["test"] = {name: (images.to(machine.device), labels) for name, (images, labels) in sets["test"].items()}
     steps_per_epoch = len(train_labels) // args.batch_size
     if steps_per_epoch == 0 and not use_policy:
         raise InputError(
@@ -697,6 +700,14 @@ def main() -> None:
     optimizer = OPTIMIZERS[args.opt](policy.parameters(), lr=args.lr)
     scaler = common.grad_scaler(machine)
     generator = torch.Generator(machine.device).manual_seed(args.seed)  # alike on every rank: order, noise, augmentation
+    student, queries_distillation = None, 0
+    shipped_student = common.WEIGHTS / f"digits-{args.model}-student.pt"
+    distilled_before = Path(args.run_dir) / "student.pt" if args.run_dir else None  # by the run that is resumed
+    if args.est == "surrogate" and not use_policy:
+        for file in (args.student, None if args.weights else shipped_student, distilled_before):
+            if student is None and file is not None and (file == args.student or file.is_file()):
+                student = common.load_weights(common.build_model("student", num_classes, args.dataset), file)
+                student.to(machine.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     # The run's directory, and what it holds already.
     directory = Path(args.run_dir) if use_policy and args.run_dir else None
@@ -708,6 +719,12 @@ def main() -> None:
     elif args.resume and args.run_dir and (Path(args.run_dir) / "checkpoint.pt").is_file():
         saved = common.load_tensors(Path(args.run_dir) / "checkpoint.pt", "remove the directory to start afresh")
         common.load_weights(policy, Path(args.run_dir) / "checkpoint.pt")
+        if "optimizer" not in saved:
+            raise InputError(f"{args.run_dir}/checkpoint.pt holds a policy but no run to continue: evaluate it with --evaluate")
+        try:
+            optimizer.load_state_dict(saved["optimizer"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{args.run_dir}/checkpoint.pt does not continue with --opt {args.opt}: {error}") from error
     if saved is not None and not use_policy and saved["finished"]:
         results = common.read_results(Path(args.run_dir))
         if machine.is_main:
@@ -716,7 +733,7 @@ def main() -> None:
         return
     in_place = use_policy and directory is not None and not args.weights_policy
     if not in_place:
-        directory = common.run_directory("gretta", vars(args), args.est, machine)
+        directory = common.run_directory(SCRIPT, vars(args), args.est, machine)
     arguments = vars(args) | {"run_dir": str(directory)}
     run = common.Run(directory, machine, None if in_place else arguments, saved["step"] if saved and not args.weights_policy else None, started)
     if machine.is_main:
@@ -728,22 +745,14 @@ def main() -> None:
         if args.resume and saved is None:
             print(f"{directory} holds no checkpoint: starting afresh")
 
-    # Student (surrogate only): the shipped one, a file, the one this run distilled before, or a new one.
-    student, queries_distillation = None, 0
-    if args.est == "surrogate" and not use_policy:
-        student = common.build_model("student", num_classes, args.dataset).to(machine.device, memory_format=torch.channels_last)
-        shipped = args.dataset == "digits" and args.weights is None and not args.dry_run
-        student_file = Path(
-            args.student or (common.WEIGHTS / f"digits-{args.model}-student.pt" if args.weights is None else directory / "student.pt")
-        )
-        if args.student or student_file.is_file():
-            common.load_weights(student, student_file).eval().requires_grad_(False)
-        else:
-            images = common.load_split(args.dataset, "train", args.data_root)[0].to(machine.device)
-            student = distil_student(black_box, images, args.dataset, num_classes, machine, 1 if args.dry_run else 100, 100, seed=0)
-            queries_distillation, black_box.queries = black_box.queries, 0
-            if machine.is_main:
-                common.save_atomically(student.state_dict(), student_file if shipped else directory / "student.pt")
+    # Without a student at hand, distil one from the classifier's outputs.
+    if args.est == "surrogate" and student is None and not use_policy:
+        images = common.load_split(args.dataset, "train", args.data_root)[0].to(machine.device)
+        student = distil_student(black_box, images, args.dataset, num_classes, machine, 1 if args.dry_run else 100, 100, seed=0)
+        queries_distillation, black_box.queries = black_box.queries, 0
+        if machine.is_main:
+            keep = args.weights is None and not args.dry_run
+            common.save_atomically(student.state_dict(), shipped_student if keep else directory / "student.pt")
         machine.barrier()
 
     # Training.
@@ -757,7 +766,6 @@ def main() -> None:
         step, queries, epoch, history = saved["step"], saved["queries"], saved["epoch"], saved["history"]
         queries_distillation = saved["queries_distillation"]
     if saved is not None and not use_policy:
-        optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         generator.set_state(saved["generator"])
         torch.set_rng_state(saved["torch_random"])
@@ -845,7 +853,7 @@ def main() -> None:
         for_all = {predictor: sum(errors[predictor] for errors in corruptions.values()) / len(corruptions) for predictor in ("none", "gretta")}
         corruptions = {"corruptions": corruptions | {"mean": for_all}}
     results = {
-        "script": "gretta",
+        "script": SCRIPT,
         "dataset": args.dataset,
         "model": args.model,
         "method": args.est,
