@@ -83,6 +83,8 @@ def load_digits(split: str, data_root: str | Path = "data") -> tuple[torch.Tenso
             images, labels, splits = archive["images"], archive["labels"], archive["split"]
         if images.shape != (1797, 8, 8) or labels.shape != (1797,) or splits.shape != (1797,):
             raise ValueError(f"images {images.shape}, labels {labels.shape}, split {splits.shape}")
+        if set(labels.tolist()) != set(range(10)) or set(splits.tolist()) != {0, 1, 2} or not 0 <= images.min() <= images.max() <= 16:
+            raise ValueError("labels, splits or pixels out of range")
     except Exception as error:  # zipfile, zlib, numpy and missing keys each raise their own
         raise InputError(f"{file} is damaged ({error}): restore it from the repository (git checkout data/digits.npz)") from error
     chosen = splits == SPLITS.index(split)
@@ -936,7 +938,7 @@ def load_weights(model: nn.Module, file: str | Path) -> nn.Module:
     for key in ("state_dict", "model_state_dict", "weights"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(key, str) and isinstance(state[key], torch.Tensor) for key in state):
         raise InputError(f"{file} holds no state dict (nor one under state_dict, model_state_dict, weights)")
     for prefix in ("module.", "_orig_mod.", "resnet."):
         if all(key.startswith(prefix) for key in state):
@@ -1147,7 +1149,8 @@ def load_tensors(file: str | Path, advice: str) -> object:
     if not Path(file).is_file():
         raise InputError(f"{file} does not exist: {advice}")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings_off():
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile, EOF and runtime errors, as torch.load meets them
         reason = "it holds more than tensors (code is never unpickled)" if "weights_only" in str(error).lower() else "truncated or no checkpoint"
         raise InputError(f"cannot read {file}: {reason}; {advice}") from error
@@ -1196,7 +1199,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **keywords)
 
     def error(self, message: str):
-        sys.stderr.write(f"{self.prog}: error: {message} (see --help)\n")
+        sys.stderr.write(f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
         sys.exit(2)
 
     def parse(self, argv: list[str] | None, published: Callable[[argparse.Namespace], dict]) -> argparse.Namespace:
@@ -1246,6 +1249,8 @@ class Parser(argparse.ArgumentParser):
             switch = isinstance(action, (argparse._StoreTrueAction, argparse.BooleanOptionalAction))
             if switch and not isinstance(value, bool):
                 self.error(f"--load-conf {file}: {key} is true or false, not {value!r}")
+            if value is None and action.default is not None:
+                self.error(f"--load-conf {file}: {key} is null, but needs a value")
             if value is not None and not switch:
                 try:  # the same checks as on the command line
                     value = self._get_value(action, str(value))

@@ -15,6 +15,7 @@ its gradient is estimated from differences of losses under perturbed levels (evo
 
 import argparse
 import csv
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -549,9 +550,10 @@ def read_folder(folder: str, size: int) -> tuple[list[Path], torch.Tensor]:
     if not files:
         raise InputError(f"--predict {folder}: no pictures in it (looked for {', '.join(IMAGE_SUFFIXES)})")
     images = []
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a picture is said below, in one line
     for file in files:
         try:
-            with Image.open(file) as image:
+            with common.warnings_off(), Image.open(file) as image:
                 # to 32 px or so: the box filter of thumbnails would alias, bicubic with antialiasing is PIL's default
                 fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
                 images.append(torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1))

@@ -127,10 +127,10 @@ def test_cuda_where_there_is_none(tmp_path):
     gretta_refuses(tmp_path, "--device", "cuda", names=("--device cuda",), CUDA_VISIBLE_DEVICES="")
 
 
-@pytest.mark.parametrize("flags", [["--proportion", "0.001"], ["--batch-size", "100000"]])
-def test_fewer_images_than_a_batch(flags, tmp_path):
+@pytest.mark.parametrize("flag, value, images", [("--proportion", "0.001", "6 images"), ("--batch-size", "100000", "1200 images")])
+def test_fewer_images_than_a_batch(flag, value, images, tmp_path):
     """Without --dry-run, which takes few images itself."""
-    refused(tmp_path, "gretta.py", "--run-dir", tmp_path / "run", *flags, names=("--batch-size", "--proportion", {"0.001": "6 images"}.get(flags[1], "1200 images")))  # fmt: skip
+    refused(tmp_path, "gretta.py", "--run-dir", tmp_path / "run", flag, value, names=("--batch-size", "--proportion", images))
 
 
 @pytest.mark.parametrize("flags", [["--num_samples", "1"], ["--num-samples", "1"]])
@@ -359,9 +359,8 @@ def test_predict_of_an_unreadable_picture(name, keep, tmp_path):
     gretta_refuses(tmp_path, "--predict", folder, names=("--predict", folder / name))
 
 
-@pytest.mark.filterwarnings("error")  # PIL's would be further lines on stderr
 @pytest.mark.parametrize("suffix", [suffix for suffix in gretta.IMAGE_SUFFIXES if suffix not in (".jpeg", ".tif")])
-def test_pictures_damaged_anywhere_are_refused_by_name(suffix, tmp_path):
+def test_pictures_damaged_anywhere_are_refused_by_name(suffix, tmp_path, recwarn, caplog):
     """Cut off, or with bytes changed, at many places: read, or an InputError that names the file, but nothing else."""
     file, generator = tmp_path / f"picture{suffix}", np.random.default_rng(0)
     Image.fromarray(generator.integers(0, 255, (12, 12, 3), dtype=np.uint8)).save(file)
@@ -377,6 +376,7 @@ def test_pictures_damaged_anywhere_are_refused_by_name(suffix, tmp_path):
                 assert str(file) in str(error)
                 faults += 1
     assert faults > 20
+    assert [str(warning.message) for warning in recwarn] + caplog.messages == []  # each would be a further line on stderr
 
 
 # ------------------------------------------------------------------------------------------------------------------- data
