@@ -1484,7 +1484,8 @@ def table(directories: list[str | Path]) -> str:
             f"| | {' | '.join(columns)} |",
             "|---" * (len(columns) + 1) + "|",
         ]
-        for row, values in rows.items():
+        order = ("none", "five_crop", "ten_crop", "bn_adapt", "vanilla", "surrogate", "whitebox")  # gretta's rows as in its paper
+        for row, values in sorted(rows.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)):
             lines.append(f"| {row} | {' | '.join(mean_and_std(list(values.get(column, {}).values())) for column in columns)} |")
         lines.append("")
     return "\n".join(lines).rstrip()

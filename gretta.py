@@ -488,7 +488,7 @@ def draw_examples(
     for row in range(len(images)):
         for step in range(steps + 1):
             axis = axes[row, max(0, 2 * step - 1)]
-            axis.imshow(seen[step][row].permute(1, 2, 0).cpu().clamp(0, 1), vmin=0, vmax=1, interpolation="nearest")
+            axis.imshow(seen[step][row].permute(1, 2, 0).clamp(0, 1).cpu().numpy(), vmin=0, vmax=1, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
             predicted = classes[step, row].item()
