@@ -11,6 +11,12 @@ its gradient is estimated from differences of losses under perturbed levels (evo
     python gretta.py --evaluate --run-dir RUN_DIR --steps 2         # apply a trained policy twice
     python gretta.py --predict FOLDER --run-dir RUN_DIR             # your own pictures
     torchrun --nproc_per_node 2 gretta.py --model resnext --est vanilla
+
+Reaches, when 20 % of the target domain train the policy (modified digits, 2,980 images, accuracy in %, seeds 0-2, two CPU cores):
+resnext 63.4 → 94.8 ± 0.3 (vanilla), 95.1 ± 0.5 (surrogate), 93.0 ± 0.6 (whitebox); wideresnet 73.9 → 96.5 ± 1.0, 96.7 ± 0.4, 97.2 ± 0.1.
+
+Differs from the paper's code: a loss difference per image and perturbation instead of one per batch, the policy in eval mode when tested,
+contrast about the mean, one warp for all geometric transforms, levels clipped to [0, 1]. README.md has the whole list.
 """
 
 import argparse
@@ -352,7 +358,7 @@ def distil_student(
 ) -> nn.Module:
     """A white-box student that imitates the classifier's logits (mean squared error) on the training images under strong augmentation.
 
-    Only the classifier's outputs are used. Adam 1e-3, cosine. The same on every rank, so that the students agree.
+    Only the classifier's outputs are used. Adam, one cycle up to 3e-3. The same on every rank, so that the students agree.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
