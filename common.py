@@ -2,8 +2,9 @@
 
     constants     data sets, corruptions, paths, InputError
     data          load_split, digits, modified digits, batches, affine_warp, mild_augmentation
+    folders       Folder: class folders of pictures such as ImageNet's, check_classes, image_batches
     corruptions   CORRUPTIONS, corrupt, contact_sheet
-    models        ResNeXt-29, Wide ResNet, build_model, load_weights, digits_weights
+    models        ResNeXt-29, Wide ResNet, build_model, load_weights, digits' and ImageNet's weights, download
     machine       device, mixed precision, processes, seeds
     checkpoints   atomic files
     evaluation    predict_logits, evaluate
@@ -19,6 +20,7 @@ digits, or draws what the corruptions look like:
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -68,7 +70,7 @@ def load_split(dataset: str, split: str, data_root: str | Path = "data") -> tupl
         raise InputError(f"unknown split '{split}': choose from {', '.join(SPLITS)}")
     if dataset == "digits":
         return load_digits(split, data_root)
-    raise InputError(f"unknown data set '{dataset}': choose from {', '.join(NUM_CLASSES)}")
+    raise InputError(f"unknown data set '{dataset}': choose digits")
 
 
 def load_digits(split: str, data_root: str | Path = "data") -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,6 +192,119 @@ def mild_augmentation(images: torch.Tensor, generator: torch.Generator) -> torch
     """What the shipped digits classifiers were trained under: ±1 px, zoom 0.95..1.05, ±5°, per image. images (B, 3, H, W) in [0, 1]."""
     draw = torch.rand(len(images), 5, generator=generator, device=generator.device).to(images.device) * 2 - 1
     return affine_warp(images, affine_matrix(1 + 0.05 * draw[:, :2], draw[:, 2:4], 5 * draw[:, 4]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders: class folders of pictures too many for memory; decoded and cropped by loader processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+
+
+def class_folders(directory: str | Path, advice: str) -> list[str]:
+    """The sorted names of the class folders in a directory; InputError, ending in `advice`, where there is no such directory or none in it."""
+    if not Path(directory).is_dir():
+        raise InputError(f"{directory} is missing: {advice}")
+    classes = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise InputError(f"{directory} holds no class folders: {advice}")
+    return classes
+
+
+def check_classes(directory: str | Path, classes: list[str], expected: list[str], where: str | Path) -> None:
+    """InputError, naming the first that differ, unless the class folders in `directory` are those in `where`."""
+    missing, unexpected = sorted(set(expected) - set(classes)), sorted(set(classes) - set(expected))
+    faults = [
+        f"{kind} {', '.join(names[:3])}{' …' * (len(names) > 3)}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names
+    ]
+    if faults:
+        raise InputError(f"{directory} has other classes than {where}: {'; '.join(faults)}")
+
+
+class Folder(torch.utils.data.Dataset):
+    """Pictures `<directory>/<class>/…` as uint8 (3, size, size) and the number of their class among the sorted `classes`.
+
+    An item is (number, key): a key seeds that picture's random crop (8 % to all of it, sides 3:4 to 4:3) and flip, whatever worker
+    does it; None scales the shorter side to `resize` and cuts the centre out. Raises InputError for a folder without pictures and, when
+    it is read, for a picture that is damaged, naming it.
+    """
+
+    def __init__(self, directory: str | Path, classes: list[str], size: int = 224, resize: int = 256):
+        from torchvision.transforms import v2
+
+        self.files, labels = [], []
+        for label, name in enumerate(classes):
+            with os.scandir(Path(directory) / name) as entries:
+                found = sorted(entry.path for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES))
+            if not found:
+                raise InputError(f"{Path(directory) / name} holds no pictures (looked for {', '.join(IMAGE_SUFFIXES)})")
+            self.files += found
+            labels += [label] * len(found)
+        self.labels = torch.tensor(labels)
+        self.random_crop = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+        self.centre_crop = v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size)])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, item: tuple[int, int | None]) -> tuple[torch.Tensor, torch.Tensor]:
+        from PIL import Image
+        from torchvision.transforms.v2.functional import pil_to_tensor
+
+        number, key = item
+        try:
+            with warnings_off(), Image.open(self.files[number]) as opened:
+                picture = opened.convert("RGB")
+        except Exception as error:  # a damaged picture raises whatever its decoder meets
+            raise InputError(f"{self.files[number]} is not a readable picture ({error}): restore it, or remove it") from error
+        if key is None:
+            return pil_to_tensor(self.centre_crop(picture)), self.labels[number]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key)
+            return pil_to_tensor(self.random_crop(picture)), self.labels[number]
+
+    def keep(self, most: int) -> "Folder":
+        """A folder of at most `most` of these pictures, evenly spaced through them."""
+        chosen = torch.linspace(0, len(self) - 1, min(most, len(self))).round().long()
+        kept = copy.copy(self)
+        kept.files, kept.labels = [self.files[number] for number in chosen], self.labels[chosen]
+        return kept
+
+    def batches(self, items: list[list[tuple[int, int | None]]], workers: int, machine: "Machine") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches of items as uint8 images (b, 3, size, size) and labels (b,), on the device."""
+        loader = torch.utils.data.DataLoader(self, batch_sampler=items, num_workers=workers, pin_memory=machine.device.type == "cuda")
+        try:
+            for images, labels in loader:
+                yield images.to(machine.device, non_blocking=True), labels.to(machine.device, non_blocking=True)
+        except InputError as error:  # one raised in a worker comes with the worker's traceback before it
+            raise InputError(str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")) from error
+
+    def all_batches(self, batch_size: int, workers: int, machine: "Machine") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's part of all pictures, in order, centres cut out."""
+        numbers = machine.own_rows(torch.arange(len(self))).tolist()
+        items = [(number, None) for number in numbers]
+        return self.batches([items[start : start + batch_size] for start in range(0, len(items), batch_size)], workers, machine)
+
+
+def image_batches(
+    data: tuple[torch.Tensor, torch.Tensor] | Folder, batch_size: int, generator: torch.Generator, machine: "Machine", workers: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """One shuffled and augmented epoch, batch by batch: this rank's rows as float images (b, 3, H, W) in [0, 1] and labels (b,).
+
+    data: uint8 images and labels on the device (mild augmentation), or a Folder (random crops and flips). batch_size is over all ranks;
+    order and augmentation are drawn from `generator` on every rank alike. Pictures left over by the last whole batch wait for the next epoch.
+    """
+    if isinstance(data, Folder):
+        numbers = epoch_batches(len(data), batch_size, generator)
+        keys = torch.randint(2**62, numbers.shape, generator=generator, device=generator.device)
+        items = [list(zip(machine.own_rows(row).tolist(), machine.own_rows(key).tolist())) for row, key in zip(numbers, keys)]
+        for images, labels in data.batches(items, workers, machine):
+            yield to_float(images), labels
+    else:
+        images, labels = data
+        for index in epoch_batches(len(labels), batch_size, generator):
+            batch = mild_augmentation(to_float(images[index]), generator)
+            yield machine.own_rows(batch), machine.own_rows(labels[index])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -881,8 +996,9 @@ def build_model(name: str, num_classes: int, dataset: str) -> nn.Module:
     models = DIGITS_MODELS if dataset == "digits" else MODELS
     if name in models:
         return models[name](num_classes)
-    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return torchvision_model(name, num_classes, *(imagenet if dataset.startswith("imagenet") else ((0.5,) * 3, (0.5,) * 3)))
+    # torchvision's Inception and GoogLeNet were trained on inputs normalised by 0.5/0.5, its other ImageNet models by ImageNet's statistics.
+    imagenet = dataset.startswith("imagenet") and name not in ("googlenet", "inception_v3")
+    return torchvision_model(name, num_classes, *(((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if imagenet else ((0.5,) * 3, (0.5,) * 3)))
 
 
 def torchvision_model(name: str, num_classes: int, mean: tuple, std: tuple) -> nn.Module:
@@ -977,6 +1093,46 @@ def load_digits_weights(model: nn.Module, name: str, machine: "Machine", data_ro
             save_atomically(trained.state_dict(), file)
         machine.barrier()
     load_weights(model, file)
+    return file
+
+
+def load_imagenet_weights(model: nn.Module, name: str, machine: "Machine", dry_run: bool = False) -> str:
+    """Load torchvision's ImageNet weights (IMAGENET1K_V1) into a model of torchvision's and say where they came from.
+
+    They are downloaded once (torch.hub's cache, checksum in the file name). A model with another number of classes keeps its own, untrained
+    last layer. A dry run downloads nothing: where the file is not on disk, the model stays untrained.
+    """
+    from torchvision import models
+
+    url = models.get_model_weights(name).IMAGENET1K_V1.url
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    if not file.is_file() and dry_run:
+        return "untrained: a dry run downloads nothing"
+    if machine.is_main:
+        download(url, file, Path(url).stem.split("-")[-1])
+    machine.barrier()
+    state = load_tensors(file, "remove it, so that it is downloaded again")
+    wanted = model.state_dict()
+    state = {
+        key: value for key, value in state.items() if key in wanted or not key.lower().startswith("aux")
+    }  # auxiliary heads are for training from scratch
+    head = [key for key in state if key in wanted and state[key].shape[:1] == (1000,) and wanted[key].shape[:1] != (1000,)]
+    if set(state) != set(wanted) - {key for key in wanted if key.endswith("num_batches_tracked") and key not in state}:
+        raise InputError(f"{file} does not fit {name}: remove it, so that it is downloaded again")
+    model.load_state_dict({key: value for key, value in state.items() if key not in head}, strict=False)
+    return f"{file}" + (f", but for {', '.join(head)} (another number of classes)" if head else "")
+
+
+def download(url: str, file: Path, sha256_prefix: str | None = None) -> Path:
+    """Fetch `url` to `file` unless it is there. The file appears whole or not at all; InputError says what went wrong, and what to do."""
+    if file.is_file():
+        return file
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        print(f"downloading {url} to {file}", flush=True)
+        torch.hub.download_url_to_file(url, str(file), sha256_prefix, progress=sys.stderr.isatty())
+    except (OSError, RuntimeError, ValueError) as error:  # no network, no such file, another checksum
+        raise InputError(f"cannot download {url} ({error}): put the file at {file} yourself") from error
     return file
 
 
@@ -1181,6 +1337,23 @@ def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, machi
     return {"top1_accuracy": accuracy(logits, labels), "top5_accuracy": accuracy(logits, labels, 5), "loss": F.cross_entropy(logits, labels).item()}
 
 
+def evaluate_folder(model: nn.Module, folder: Folder, batch_size: int, workers: int, machine: Machine) -> dict[str, float]:
+    """As `evaluate`, for pictures that are read as they are needed."""
+    training = model.training
+    model.eval()
+    totals = torch.zeros(4, device=machine.device, dtype=torch.float64)
+    with torch.no_grad():
+        for images, labels in folder.all_batches(batch_size, workers, machine):
+            with machine.autocast():
+                logits = model(to_float(images).contiguous(memory_format=torch.channels_last)).float()
+            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            totals += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.ones_like(labels).sum()]).to(totals.dtype)
+    model.train(training)
+    top1, top5, loss, count = machine.all_sum(totals).tolist()
+    return {"top1_accuracy": 100 * top1 / count, "top5_accuracy": 100 * top5 / count, "loss": loss / count}
+
+
 def accuracy(logits: torch.Tensor, labels: torch.Tensor, top: int = 1) -> float:
     """Percent of rows of logits (N, classes) whose label (N,) is among the `top` largest."""
     correct = (logits.topk(min(top, logits.shape[1]), dim=1).indices == labels.to(logits.device)[:, None]).any(1)
@@ -1297,6 +1470,9 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except (InputError, OSError) as error:  # an OSError names the file and what the system said
+        if "tqdm" in sys.modules:  # bars that are still open would be drawn over the line
+            for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+                bar.close()
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}\n")
         sys.exit(2)
     finally:
@@ -1382,6 +1558,14 @@ def run_directory(script: str, arguments: dict, method: str, machine: Machine) -
     if answer[1]:
         raise InputError(answer[1])
     return Path(answer[0])
+
+
+def finite_totals(totals: torch.Tensor, step: int, lr: float, directory: Path) -> list[float]:
+    """Training's sums as numbers; InputError where one is not finite."""
+    values = totals.tolist()
+    if not all(math.isfinite(value) for value in values):
+        raise InputError(f"the loss is not finite at step {step} (lr {lr:g}): lower --lr; the last good checkpoint is {directory / 'checkpoint.pt'}")
+    return values
 
 
 def write_json(file: Path, values: dict) -> None:

@@ -542,8 +542,6 @@ def draw_curves(file: Path, history: list[dict], baseline: float, title: str) ->
 # A folder of one's own pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-
 
 def read_folder(folder: str, size: int) -> tuple[list[Path], torch.Tensor]:
     """The picture files of a folder, sorted by name, and their pixels as (N, 3, size, size) uint8: RGB, the shorter side scaled, the centre cut out."""
@@ -552,9 +550,9 @@ def read_folder(folder: str, size: int) -> tuple[list[Path], torch.Tensor]:
 
     if not Path(folder).is_dir():
         raise InputError(f"--predict {folder}: no such folder")
-    files = sorted(file for file in Path(folder).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    files = sorted(file for file in Path(folder).iterdir() if file.suffix.lower() in common.IMAGE_SUFFIXES and file.is_file())
     if not files:
-        raise InputError(f"--predict {folder}: no pictures in it (looked for {', '.join(IMAGE_SUFFIXES)})")
+        raise InputError(f"--predict {folder}: no pictures in it (looked for {', '.join(common.IMAGE_SUFFIXES)})")
     images = []
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a picture is said below, in one line
     for file in files:
@@ -821,14 +819,14 @@ def main() -> None:
             scaler.update()
             step += 1
             if step % args.log_every == 0 or step == total_steps:
-                loss_now, correct, rows_now = finite_totals(machine.all_sum(totals.clone()), step, args.lr, directory, progress)
+                loss_now, correct, rows_now, _ = common.finite_totals(machine.all_sum(totals.clone()), step, args.lr, directory)
                 shown = {"loss": loss_now / rows_now, "accuracy": 100 * correct / rows_now}
                 run.log(step, **shown, lr=group["lr"], queries=queries + int(rows_now))
                 speed = (queries + rows_now - resumed_at) / (time.perf_counter() - clock)
                 progress.set_postfix_str(f"loss {shown['loss']:.3f}, accuracy {shown['accuracy']:.1f} %, {speed:.0f} queries/s", refresh=False)
                 progress.update(step - progress.n)
         epoch += 1
-        loss_sum, correct, rows = finite_totals(machine.all_sum(totals), step, args.lr, directory, progress)
+        loss_sum, correct, rows, _ = common.finite_totals(machine.all_sum(totals), step, args.lr, directory)
         queries += int(rows)
         if epoch % args.checkpoint_every != 0 and epoch != args.epochs:
             continue
@@ -893,15 +891,6 @@ def main() -> None:
     results = run.finish(results)
     if machine.is_main:
         print_results(results, directory)
-
-
-def finite_totals(totals: torch.Tensor, step: int, lr: float, directory: Path, progress: tqdm) -> list[float]:
-    """The sums of cross entropy, correct answers and rows; InputError where they, or the objective, are not finite."""
-    values = totals.tolist()
-    if not all(math.isfinite(value) for value in values):
-        progress.close()
-        raise InputError(f"the loss is not finite at step {step} (lr {lr:g}): lower --lr; the last good checkpoint is {directory / 'checkpoint.pt'}")
-    return values[:3]
 
 
 def protocol_line(dataset: str, split: str, train_on: str, proportion: float, transform: str, steps: int, n_train: int, n_eval: int) -> str:

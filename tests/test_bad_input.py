@@ -3,13 +3,12 @@
 import json
 import pickle
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, refused, run_script
 from PIL import Image
 
 import common
@@ -28,46 +27,15 @@ class Trap:
         return open, (str(self.file), "w")
 
 
-def contents(directory: Path) -> dict:
-    """Everything below a directory: {path: bytes, or None for a directory}."""
-    return {path: path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
-
-
-def check(line: str, script: str, names: tuple) -> None:
-    assert line.count("\n") == 1 and line.endswith("\n") and f"{script}: error: " in line, line
-    assert [name for name in names if str(name) not in line] == [], line
-
-
-def refused(directory: Path, *command: object, names: tuple = (), **environment: str) -> str:
-    """Run the command, which must be refused in one line that holds all of `names` and must leave `directory` as it is; returns the line."""
-    before = contents(directory)
-    line = run_script(*command, expect=2, **environment).stderr
-    check(line, command[0], names)
-    assert contents(directory) == before
-    return line
-
-
 def gretta_refuses(directory: Path, *flags: object, names: tuple = (), **environment: str) -> str:
     """As `refused`, for gretta.py with a new run directory below `directory`; where it is not refused, --dry-run makes it quick."""
     return refused(directory, "gretta.py", "--dry-run", "--run-dir", directory / "run", *flags, names=names, **environment)
 
 
 @pytest.fixture
-def gretta_refuses_here(tmp_path, monkeypatch, capfd):
+def gretta_refuses_here(refuses_here, tmp_path):
     """As `gretta_refuses` without a new process, which is quicker where there are many cases."""
-
-    def refuses(*flags: object, names: tuple = ()) -> None:
-        before = contents(tmp_path)
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["gretta.py", "--dry-run", "--run-dir", str(tmp_path / "run"), *map(str, flags)])
-        with pytest.raises(SystemExit) as stopped:
-            common.run_script(gretta.main)
-        assert stopped.value.code == 2
-        line = capfd.readouterr().err
-        check(line, "gretta.py", names)
-        assert contents(tmp_path) == before
-
-    return refuses
+    return lambda *flags, names=(): refuses_here(gretta.main, "gretta.py", "--dry-run", "--run-dir", tmp_path / "run", *flags, names=names)
 
 
 # ------------------------------------------------------------------------------------------------------------------ flags
