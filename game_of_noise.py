@@ -19,7 +19,9 @@ clean half of a batch stays clean, and the norm after clipping is exactly ε. RE
 """
 
 import argparse
+import contextlib
 import copy
+import json
 import math
 import os
 import time
@@ -39,20 +41,21 @@ from common import InputError, number
 SCRIPT = Path(__file__).stem  # a copy of this file, changed, reports under its own name
 
 # Settings by data set; a flag left out takes its value from here. ImageNet's are the paper's; those of digits were tuned on
-# validation digits (--eval-split val). ε = 135 at 3×224×224 is a root mean square of 0.348 per value, which at 3×32×32 is 19.3.
+# validation digits (--eval-split val). ε = 135 at 3×224×224 is a root mean square of 0.348 per value, which at 3×32×32 is 19.3: more
+# than the norm of a digit on its black ground (about 14), which noise below zero then wipes out. Hence 12.
 SETTINGS = {
     "digits": {
         "model": "resnext",
-        "epsilon": 19.3,
-        "std_gauss": 0.5,
+        "epsilon": 12.0,
+        "std_gauss": 0.3,
         "lr": 0.02,
-        "lr_step": 20,
-        "generator_lr": 2e-3,
+        "lr_step": 10,
+        "generator_lr": 1e-2,
         "fresh_lr": 1e-2,
-        "fresh_iterations": 20,
+        "fresh_iterations": 10,
         "star_iterations": 100,
-        "epochs": 30,
-        "batch_size": 100,
+        "epochs": 20,
+        "batch_size": 50,
         "workers": 0,
     },
     "imagenet": {
@@ -109,6 +112,11 @@ ALEXNET_ERRORS = {
 }
 
 
+def by_data_set(name: str) -> str:
+    """The part of a help text that shows a setting's defaults."""
+    return "(default: " + ", ".join(f"{settings[name]:g} for {dataset}" for dataset, settings in SETTINGS.items()) + ")"
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.Parser(description=__doc__)
     add = parser.add_argument_group("run").add_argument
@@ -130,15 +138,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=common.boolean,
         help="only evaluate: the run in --run-dir, --weights, or the model named by --model-name; also writes Results/<model>_evaluation_results.txt",
     )
-    add("--model-name", choices=MODEL_NAMES, default="clean", help="what to evaluate: clean, a model published with the paper, or, on digits, a mode")
+    add("--model-name", choices=MODEL_NAMES, help="what to evaluate: clean, a model published with the paper, or, on digits, a mode (default: clean)")
     add("--dry-run", action="store_true", help="one small step of every phase, same outputs; downloads nothing")
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=tuple(SETTINGS), help="digits comes with the repository (default: digits; imagenet where --datadir-clean is given)")
+    add("--dataset", choices=tuple(SETTINGS), help="digits comes with the repository (default: digits; imagenet where one of its folders is named)")
     add("--data-root", default="data", metavar="DIR", help="where the data sets lie")
     add("--datadir-clean", metavar="DIR", help="ImageNet: a folder with train/ and val/ (default: <data-root>/imagenet)")
     add("--imagenetc-path", metavar="DIR", help="ImageNet-C: <corruption>/<severity>/<class>/ (default: <data-root>/imagenet-c)")
     add("--datadir-sin", metavar="DIR", help="Stylized-ImageNet: a folder with train/, for --mode ANT+SIN (default: <data-root>/sin)")
-    add("--workers", type=number(int, 0), help="processes that decode pictures, at most one per core (default: 30 for imagenet; digits need none)")
+    add("--workers", type=number(int, 0), help=f"processes that decode pictures, at most one per core {by_data_set('workers')}")
     add("--test-batch-size", type=number(int, 1), default=256, help="pictures per batch in evaluation")
     add("--eval-split", choices=("val", "test"), default="test", help="digits: what is evaluated at the end; val is for tuning")
     add = parser.add_argument_group("model").add_argument
@@ -147,12 +155,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--arch",
         help="digits: resnext, wideresnet; imagenet: resnet18, resnet50, resnet152, inceptionV3, or another model of torchvision (default: resnext, resnet50)",
     )
-    add("--weights", metavar="FILE", help="the checkpoint to start from (default: shipped in weights/ for digits, torchvision's for imagenet)")
+    add(
+        "--weights",
+        metavar="FILE",
+        help="the checkpoint to start from, or to evaluate (default: shipped in weights/ for digits, torchvision's for imagenet)",
+    )
     add = parser.add_argument_group("method").add_argument
     add("--mode", choices=MODES, default="ANT", help="noise in training; SIN adds stylised images; clean evaluates the weights as they are")
     add("--ng-type", choices=("1x1", "3x3"), default="1x1", help="generator of uncorrelated or of locally correlated noise")
-    add("--epsilon", type=number(float, 0, open_low=True), help="L2 norm of the noise after clipping, pixels in [0, 1] (default: 135 for imagenet)")
-    add("--std-gauss", type=number(float, 0, open_low=True), help="σ of --mode Gauss_single (default: 0.5 for imagenet)")
+    add("--epsilon", type=number(float, 0, open_low=True), help=f"L2 norm of the noise after clipping, pixels in [0, 1] {by_data_set('epsilon')}")
+    add("--std-gauss", type=number(float, 0, open_low=True), help=f"σ of --mode Gauss_single {by_data_set('std_gauss')}")
     add("--clean-share", type=number(float, 0, 1), default=0.5, help="share of a batch that stays clean")
     add(
         "--replay-share",
@@ -169,25 +181,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--fresh-iterations",
         type=number(int, 1),
-        help="steps that train a fresh generator against the frozen classifier (default: 1000 for imagenet)",
+        help=f"steps that train a fresh generator against the frozen classifier {by_data_set('fresh_iterations')}",
     )
-    add("--star-iterations", type=number(int, 1), help="steps that train the generator for ε*, at the end (default: 1000 for imagenet)")
+    add("--star-iterations", type=number(int, 1), help=f"steps that train the generator for ε*, at the end {by_data_set('star_iterations')}")
     add = parser.add_argument_group("optimiser").add_argument
-    add("--lr", type=number(float, 0, open_low=True), help="of the classifier: SGD, momentum 0.9 (default: 1e-3 for imagenet)")
-    add("--lr-step", type=number(int, 1), metavar="EPOCHS", help="epochs after which --lr falls to a tenth (default: 60 for imagenet)")
-    add("--generator-lr", type=number(float, 0, open_low=True), help="of the generator in the game: Adam (default: 1e-4 for imagenet)")
-    add("--fresh-lr", type=number(float, 0, open_low=True), help="of a fresh generator: Adam (default: 5e-4 for imagenet)")
-    add("--epochs", type=number(int, 0), help="passes over the training set (default: 120 for imagenet, none for --mode clean)")
-    add("--batch-size", type=number(int, 2), help="images per step over all ranks, clean and noisy (default: 70 for imagenet)")
+    add("--lr", type=number(float, 0, open_low=True), help=f"of the classifier: SGD, momentum 0.9 {by_data_set('lr')}")
+    add("--lr-step", type=number(int, 1), metavar="EPOCHS", help=f"epochs after which --lr falls to a tenth {by_data_set('lr_step')}")
+    add("--generator-lr", type=number(float, 0, open_low=True), help=f"of the generator in the game: Adam {by_data_set('generator_lr')}")
+    add("--fresh-lr", type=number(float, 0, open_low=True), help=f"of a fresh generator: Adam {by_data_set('fresh_lr')}")
+    add("--epochs", type=number(int, 0), help=f"passes over the training set; --mode clean trains none {by_data_set('epochs')}")
+    add("--batch-size", type=number(int, 2), help=f"images per step over all ranks, clean and noisy {by_data_set('batch_size')}")
 
     def published(given: argparse.Namespace) -> dict:
-        dataset = given.dataset or ("imagenet" if given.datadir_clean else "digits")
+        folders = given.datadir_clean or given.imagenetc_path or given.datadir_sin
+        dataset = given.dataset or ("imagenet" if folders else "digits")
         return {"dataset": dataset} | SETTINGS[dataset] | ({"epochs": 0} if given.mode == "clean" else {})
 
     args = parser.parse(argv, published)
     if args.clean_share + args.replay_share > 1:
         parser.error(f"--clean-share {args.clean_share:g} and --replay-share {args.replay_share:g} are more than 1 together")
-    args.model_name = args.model_name.replace("ANT-SIN", "ANT+SIN")
+    if args.model_name and not args.evaluate:
+        parser.error(f"--model-name {args.model_name} says what to evaluate: add --evaluate")
+    if args.mode == "clean" and args.epochs:
+        parser.error(f"--mode clean evaluates the weights as they are: leave out --epochs {args.epochs}, or choose a noise")
+    if args.model_name == "ANT-SIN":
+        args.model_name = "ANT+SIN"
     return args
 
 
@@ -218,6 +236,8 @@ def project(images: torch.Tensor, noise: torch.Tensor, epsilon: float | torch.Te
     room = torch.where(delta > 0, 1 - x, x).square()
     with torch.no_grad():
         power = delta.square()
+        # So near the largest distance rounding would decide whether it is reached: the saturated image is within 1e-5 of it.
+        target = torch.where(target >= (room * (power > 0)).sum(1) * (1 - 1e-5), math.inf, target)
         s = target / power.sum(1)
         if power.shape[1] >= 4096:  # start near the root: that of every 16th pixel
             few = newton_root(power[:, ::16].contiguous(), room[:, ::16].contiguous(), target / 16, s)
@@ -325,11 +345,11 @@ def baseline_batch(images: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor, s
 def noise_loss(
     classifier: nn.Module, generate: Callable, images: torch.Tensor, labels: torch.Tensor, z: torch.Tensor, epsilon: float, machine: common.Machine
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of CE(f(clip(x + η·g(z))), y) that the generator maximises, and the number of answers that are still right."""
+    """The sum of CE(f(clip(x + η·g(z))), y) that the generator maximises, and the number of answers that are still right. The classifier is in eval mode."""
     with machine.autocast():
         noise = generate(z)
-    noisy = project(images, noise.float(), epsilon).contiguous(memory_format=torch.channels_last)
-    with machine.autocast():
+    noisy = machine.layout(project(images, noise.float(), epsilon))
+    with machine.autocast(), common.affine_batch_norm(classifier, machine):
         logits = classifier(noisy).float()
     return F.cross_entropy(logits, labels, reduction="sum"), (logits.detach().argmax(1) == labels).sum()
 
@@ -384,7 +404,11 @@ def train_fresh_generator(
         losses[iteration], right[iteration] = loss.detach() / batch_size, correct / batch_size
     classifier.train(training)
     last = max(1, iterations // 10)
-    return fresh, machine.all_sum(losses).tolist(), 100 * machine.all_sum(right)[-last:].mean().item()
+    losses = machine.all_sum(losses).tolist()
+    for iteration, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise InputError(f"the loss of a fresh generator is not finite at its step {iteration + 1} (--fresh-lr {lr:g}): lower --fresh-lr or --lr")
+    return fresh, losses, 100 * machine.all_sum(right)[-last:].mean().item()
 
 
 @torch.no_grad()
@@ -395,6 +419,8 @@ def epsilon_star(model: Callable, images: torch.Tensor, labels: torch.Tensor, no
     wrong, then the last interval is halved twelve times. 0 where the answer is wrong without noise; D = 3·H·W where it stays right however
     strong the noise. The paper's ε* is the median over test images.
     """
+    if not len(images):
+        return labels.float()
     dimension = images[0].numel()
     right = model(images).argmax(1) == labels
     low = torch.zeros(len(images), device=images.device)
@@ -418,7 +444,7 @@ def epsilon_star(model: Callable, images: torch.Tensor, labels: torch.Tensor, no
         high[active] = torch.where(wrong, middle, high[active])
         low[active] = torch.where(wrong, low[active], middle)
     distances = torch.where(high.isfinite(), high, float(dimension))
-    return torch.where(right, distances, 0.0)
+    return torch.where(right, distances, 0.0) + 0 * noise.flatten(1).sum(1)  # NaN for noise that is not finite
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,22 +515,22 @@ def load_imagenet_sets(clean: Path, corruptions: Path, stylised: Path | None, ev
     )
 
 
-def evaluate(model: nn.Module, data: Data, batch_size: int, workers: int, machine: common.Machine) -> dict[str, float]:
-    """Top-1 and top-5 accuracy (%) and loss on tensors or pictures."""
+def evaluate(models: list[nn.Module], data: Data, batch_size: int, workers: int, machine: common.Machine) -> list[dict[str, float]]:
+    """Top-1 and top-5 accuracy (%) and loss of each model on tensors or pictures."""
     if isinstance(data, common.Folder):
-        return common.evaluate_folder(model, data, batch_size, workers, machine)
-    return common.evaluate(model, *data, machine)
+        return common.evaluate_folder(models, data, batch_size, workers, machine)
+    return [common.evaluate(model, *data, machine) for model in models]
 
 
-def evaluate_corruptions(models: dict[str, nn.Module], sets: Sets, batch_size: int, workers: int, machine: common.Machine) -> dict[str, dict]:
-    """{model: {corruption: [accuracy (%) at severity 1, …, 5]}}; a set is made or read once for all models that are tensors' size."""
-    accuracy = {model: {name: [] for name in common.CORRUPTIONS} for model in models}
+def evaluate_corruptions(models: list[nn.Module], sets: Sets, batch_size: int, workers: int, machine: common.Machine) -> list[dict[str, list[float]]]:
+    """For each model {corruption: [accuracy (%) at severity 1, …, 5]}; every set is made, or read, once."""
+    accuracy = [{name: [] for name in common.CORRUPTIONS} for _ in models]
     progress = tqdm(total=5 * len(common.CORRUPTIONS), desc="corruptions", unit="set", disable=not machine.is_main)
     for name in common.CORRUPTIONS:
         for severity in range(1, 6):
-            data = sets.corrupted(name, severity)
-            for key, model in models.items():
-                accuracy[key][name].append(evaluate(model, data, batch_size, workers, machine)["top1_accuracy"])
+            found = evaluate(models, sets.corrupted(name, severity), batch_size, workers, machine)
+            for values, figures in zip(accuracy, found):
+                values[name].append(figures["top1_accuracy"])
             progress.update()
     progress.close()
     return accuracy
@@ -657,13 +683,13 @@ def draw_corruptions(file: Path, accuracy: dict[str, dict[str, float]], title: s
     figure = matplotlib.figure.Figure(figsize=(11, 4.2), dpi=100, layout="constrained")
     axis = figure.subplots()
     width = 0.8 / len(accuracy)
-    for position, (label, values) in enumerate(accuracy.items()):
+    for position, (label, values) in enumerate(reversed(accuracy.items())):
         places = [number + width * (position - (len(accuracy) - 1) / 2) for number in range(len(names))]
         axis.bar(places, [values[name] for name in names], width, label=label, color=("0.65", "tab:blue")[position - len(accuracy)])
     axis.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=7)
     axis.set(ylabel="accuracy (%), mean of 5 severities", ylim=(0, 100), title=title)
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(loc="lower left")
+    figure.legend(loc="outside upper right", ncols=2)
     figure.savefig(file)
 
 
@@ -686,9 +712,9 @@ def draw_curves(file: Path, history: list[dict], title: str) -> None:
         if history and key in history[0]:
             right.plot(epochs, [entry[key] for entry in history], marker="o", markersize=3, label=label)
     right.set(xlabel="epoch", ylabel="accuracy (%)", title="accuracy")
-    right.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower right", ncols=4, fontsize=9)
     figure.suptitle(title)
     figure.savefig(file)
 
@@ -701,6 +727,17 @@ def draw_curves(file: Path, history: list[dict], title: str) -> None:
 def method_name(mode: str, ng_type: str) -> str:
     """The paper's name of a mode: ANT with 3×3 generators is ANT3x3."""
     return mode.replace("ANT", "ANT3x3") if ng_type == "3x3" else mode
+
+
+def count_images(data: Data | None) -> int:
+    return 0 if data is None else len(data) if isinstance(data, common.Folder) else len(data[1])
+
+
+def weights_of_run(directory: Path) -> str | None:
+    """The --weights that a run was started with."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((directory / "args.json").read_text()).get("weights")
+    return None
 
 
 def find_weights(dataset: str, model: str, name: str, dry_run: bool, machine: common.Machine) -> Path | None:
@@ -728,14 +765,24 @@ def main() -> None:
     args = parse_args()
     machine = common.start_machine(args.device, args.amp, args.seed)
     ant = args.mode.startswith("ANT")
-    in_place = bool(args.evaluate and args.run_dir and not args.weights and (Path(args.run_dir) / "checkpoint.pt").is_file())
-    method = args.model_name if args.evaluate and not in_place else method_name(args.mode, args.ng_type)
+    checkpoint = Path(args.run_dir or "") / "checkpoint.pt"
+    named = args.model_name or args.weights != weights_of_run(checkpoint.parent)  # to evaluate something else
+    use_run = args.run_dir and checkpoint.is_file() and (args.resume or (args.evaluate and not named))
+    in_place = bool(use_run and args.evaluate)  # the run's own directory is evaluated again
+    if args.evaluate and args.run_dir and not (in_place or args.model_name or args.weights):
+        raise InputError(f"{checkpoint} does not exist: name a run of {SCRIPT} with --run-dir, or what to evaluate with --model-name or --weights")
+    if in_place and args.dry_run:
+        raise InputError(f"--dry-run would overwrite the results of {args.run_dir}: leave it out")
+    method = method_name(args.mode, args.ng_type)
+    if args.evaluate and not in_place:
+        file = Path(args.weights or "clean")  # a run's checkpoint goes by the name of its directory
+        method = args.model_name or (file.resolve().parent.name if file.name == "checkpoint.pt" else file.stem)
 
     # Data: every folder is checked before the first file is written.
     if args.dataset == "digits":
         if "SIN" in args.mode and not args.evaluate:
             raise InputError(
-                f"--mode {args.mode}: there are no stylised digits; it needs ImageNet (--datadir-clean) and Stylized-ImageNet (--datadir-sin)"
+                f"--mode {args.mode} needs ImageNet (--datadir-clean) and Stylized-ImageNet (--datadir-sin): there are no stylised digits"
             )
         sets = load_digits_sets(args.data_root, args.eval_split, machine.device, args.dry_run)
     else:
@@ -743,96 +790,101 @@ def main() -> None:
         directories = [Path(given or root / name) for given, name in ((args.datadir_clean, "imagenet"), (args.imagenetc_path, "imagenet-c"))]
         stylised = Path(args.datadir_sin or root / "sin") if "SIN" in args.mode and not args.evaluate else None
         sets = load_imagenet_sets(*directories, stylised, args.evaluate, args.dry_run)
-    n_train = len(sets.train if isinstance(sets.train, common.Folder) else sets.train[1]) if sets.train else 0
-    n_test = len(sets.test if isinstance(sets.test, common.Folder) else sets.test[1])
+    n_train, n_test = count_images(sets.train), count_images(sets.test)
     if args.dry_run:
         args.batch_size, args.epochs, args.fresh_iterations, args.star_iterations = min(args.batch_size, 10), min(args.epochs, 2), 2, 2
-    if not args.evaluate and args.batch_size > n_train:
-        args.batch_size = n_train  # a small set of one's own: the whole of it is a batch
+    args.batch_size = min(args.batch_size, n_train or n_test)  # a small set of one's own: the whole of it is a batch
     if args.batch_size < machine.world_size:
         raise InputError(f"a batch of {args.batch_size} is smaller than the {machine.world_size} processes: raise --batch-size")
-    workers = min(args.workers, os.cpu_count() or 1)
+    workers = min(args.workers, (os.cpu_count() or 1) // machine.world_size)
     steps_per_epoch = (1 if args.dry_run else n_train // args.batch_size) if n_train else 0
+    directory = Path(args.run_dir) if in_place else common.run_directory(SCRIPT, vars(args), method, machine)
 
     # Models.
     name = ARCHITECTURES.get(args.model, args.model)
     classifier = common.build_model(name, sets.num_classes, args.dataset)
     common.check_input_size(classifier, args.model, sets.size)
-    weights = Path(args.weights) if args.weights else None
-    if args.evaluate and in_place:
-        weights = Path(args.run_dir) / "checkpoint.pt"
-    elif args.evaluate and weights is None:
-        weights = find_weights(args.dataset, args.model, method, args.dry_run, machine)
-    origin = weights
-    if args.dataset == "digits":
-        shipped = common.load_digits_weights(classifier, args.model, machine, args.data_root, args.dry_run)
-        origin = weights or shipped
-    elif weights is None:
+    start = Path(args.weights) if args.weights and (in_place or not args.evaluate) else None  # what training starts, or started, from
+    final = checkpoint if use_run else Path(args.weights) if args.weights and args.evaluate else None  # what takes its place
+    if args.evaluate and final is None:
+        final = find_weights(args.dataset, args.model, method, args.dry_run, machine)
+    origin = start
+    if start is not None:
+        common.load_weights(classifier, start)
+    elif args.dataset == "digits":
+        origin = common.load_digits_weights(classifier, args.model, machine, args.data_root, args.dry_run)
+    elif final is None:
         origin = common.load_imagenet_weights(classifier, name, machine, args.dry_run)
-    if weights is not None and not args.evaluate:
-        common.load_weights(classifier, weights)
-    before = copy.deepcopy(classifier).eval() if args.dataset == "digits" or not args.evaluate else None  # the clean model
-    if weights is not None and args.evaluate:
-        common.load_weights(classifier, weights)
+    has_before = args.dataset == "digits" or not args.evaluate  # the model before training is evaluated too
+    before = copy.deepcopy(classifier) if has_before else None
+    if final is not None:
+        common.load_weights(classifier, final)
     for model in filter(None, (classifier, before)):
-        model.to(machine.device, memory_format=torch.channels_last)
+        model.to(machine.device, memory_format=machine.weight_layout)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=args.lr, momentum=0.9)
     scaler = common.grad_scaler(machine)
     generator = torch.Generator(machine.device).manual_seed(args.seed)  # alike on every rank: order, augmentation, noise
     current = generator_optimizer = None  # the generator of the game
     memory: list[dict] = []  # the parameters of the generator at the end of every earlier epoch
+    step = epoch = 0
+    history: list[dict] = []
 
-    # The run's directory, and what it holds already.
-    saved = None
-    if in_place or (args.resume and args.run_dir and (Path(args.run_dir) / "checkpoint.pt").is_file()):
-        saved = common.load_tensors(Path(args.run_dir) / "checkpoint.pt", "remove the directory to start afresh")
-        if "memory" not in saved:
-            raise InputError(f"{args.run_dir}/checkpoint.pt holds no run of {SCRIPT}: evaluate it with --evaluate --weights")
-        common.load_weights(classifier, Path(args.run_dir) / "checkpoint.pt")
-        memory = saved["memory"]
-        if not in_place:
+    # What the run's directory holds already.
+    saved = common.load_tensors(checkpoint, "remove the directory to start afresh") if use_run else None
+    if saved is not None:
+        if saved.get("script") != "game_of_noise" or saved["method"] != method:
+            raise InputError(f"{checkpoint} holds no run of {SCRIPT} with {method}: choose another --run-dir, or evaluate it with --weights")
+        step, epoch, history = saved["step"], saved["epoch"], saved["history"]
+        memory = [{key: value.to(machine.device) for key, value in parameters.items()} for parameters in saved["memory"]]
+    if saved is not None and not in_place:
+        if saved["finished"]:
+            results = common.read_results(directory)
+            if machine.is_main:
+                print(f"{directory} holds a finished run:")
+                print_results(results, directory)
+            return
+        try:
             optimizer.load_state_dict(saved["optimizer"])
-    if saved is not None and not in_place and saved["finished"]:
-        results = common.read_results(Path(args.run_dir))
-        if machine.is_main:
-            print(f"{args.run_dir} holds a finished run:")
-            print_results(results, Path(args.run_dir))
-        return
-    directory = Path(args.run_dir) if in_place else common.run_directory(SCRIPT, vars(args), method, machine)
+            if saved["current"] is not None:
+                current = NoiseGenerator(args.ng_type).to(machine.device)
+                current.load_state_dict(saved["current"])
+                generator_optimizer = adam(current, args.generator_lr)
+                generator_optimizer.load_state_dict(saved["generator_optimizer"])
+            scaler.load_state_dict(saved["scaler"])
+            generator.set_state(saved["generator"])
+            torch.set_rng_state(saved["torch_random"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{checkpoint} does not continue here: {error}; use the --device and --amp that it was begun with") from error
     arguments = vars(args) | {"run_dir": str(directory)}
-    run = common.Run(directory, machine, None if in_place else arguments, saved["step"] if saved else None, started)
+    run = common.Run(directory, machine, None if in_place else arguments, step if saved else None, started)
     if machine.is_main:
         print(" ".join(f"{key}={value}" for key, value in arguments.items()))
         counts = share_counts(args.batch_size, args.clean_share, args.replay_share, True)
         shares = f"{counts[0]} clean, {counts[1]} current, {counts[2]} + {counts[3]} earlier noise" if ant else f"{counts[0]} clean"
         print(f"{n_train} training images, {steps_per_epoch} steps per epoch, batches of {args.batch_size} ({shares}); {n_test} test images")
-        print(f"classifier: {origin}")
+        print(f"classifier: {final or origin}")
         if args.resume and saved is None:
             print(f"{directory} holds no checkpoint: starting afresh")
+
+    def checkpoint_state(finished: bool) -> dict:
+        state = {"script": "game_of_noise", "method": method, "finished": finished, "step": step, "epoch": epoch, "history": history}
+        state |= {"state_dict": classifier.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "memory": memory}
+        state |= {"current": current.state_dict() if current else None}
+        state |= {"generator_optimizer": generator_optimizer.state_dict() if current else None}
+        return state | {"generator": generator_state, "torch_random": torch.get_rng_state()}
 
     # The game.
     if args.compile:
         classifier.compile()  # in place: the keys of its state dict stay
     train_classifier = common.distribute(classifier, machine)
-    step = epoch = 0
-    history: list[dict] = []
-    state = saved
-    if saved is not None:
-        step, epoch, history = saved["step"], saved["epoch"], saved["history"]
-    if saved is not None and not in_place:
-        scaler.load_state_dict(saved["scaler"])
-        generator.set_state(saved["generator"])
-        if saved["current"] is not None:
-            current = NoiseGenerator(args.ng_type).to(machine.device)
-            current.load_state_dict(saved["current"])
-            generator_optimizer = adam(current, args.generator_lr)
-            generator_optimizer.load_state_dict(saved["generator_optimizer"])
+    generator_state = generator.get_state()  # at the end of the last epoch
 
     def epoch_of_batches(data: Data, batch_size: int) -> Iterator:
         return common.image_batches(data, batch_size, generator, machine, workers)
 
-    sin_size = min(math.ceil(SIN_IMAGES * args.batch_size / 70), len(sets.stylised)) if sets.stylised else 0
-    stylised = iter(())
+    sin_size = max(math.ceil(SIN_IMAGES * args.batch_size / 70), machine.world_size) if sets.stylised else 0
+    if sets.stylised and len(sets.stylised) < sin_size:
+        raise InputError(f"{len(sets.stylised)} stylised images are fewer than the {sin_size} of a batch: see --datadir-sin")
     epochs = 0 if args.evaluate else args.epochs
     progress = tqdm(total=epochs * steps_per_epoch, initial=step, desc=f"train {method}", unit="step", disable=not machine.is_main or not epochs)
     while epoch < epochs:
@@ -857,6 +909,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         counts = share_counts(args.batch_size, args.clean_share, args.replay_share, bool(memory))
+        stylised = iter(())
         own = own_counts(counts, machine)
         chosen = torch.randint(max(1, len(memory)), (steps_per_epoch, 2), generator=generator, device=machine.device).tolist()
         totals = torch.zeros(5, device=machine.device)  # sums over the epoch: loss, right and rows of the clean share, of the noisy share
@@ -871,8 +924,6 @@ def main() -> None:
                 replayed = [partial(torch.func.functional_call, current, memory[number]) for number in earlier] if memory else [current] * 2
                 z = machine.own_rows(draw_z(args.batch_size, images, current.border, generator))
                 mixed = mixed_batch(images, z, [current, *replayed], own, args.epsilon)
-            elif args.mode == "clean":
-                mixed = images
             else:
                 sigmas = z.new_tensor(SIGMAS.get(args.mode, (args.std_gauss,)))
                 drawn = torch.randint(len(sigmas), (args.batch_size,), generator=generator, device=machine.device)
@@ -885,7 +936,7 @@ def main() -> None:
                 mixed, labels = torch.cat([mixed, extra[0]]), torch.cat([labels, extra[1]])
             classifier.train()
             with machine.autocast():
-                logits = train_classifier(mixed.contiguous(memory_format=torch.channels_last)).float()
+                logits = train_classifier(machine.layout(mixed)).float()
             losses = F.cross_entropy(logits, labels, reduction="none")
             optimizer.zero_grad()
             # DDP averages over ranks, hence the world size.
@@ -908,25 +959,24 @@ def main() -> None:
             memory.append({key: value.detach().clone() for key, value in current.state_dict().items()})
         figures = epoch_figures(common.finite_totals(machine.all_sum(totals), step, lr, directory))
         if sets.val is not None:
-            figures["val_accuracy"] = evaluate(classifier, sets.val, args.test_batch_size, workers, machine)["top1_accuracy"]
+            figures["val_accuracy"] = evaluate([classifier], sets.val, args.test_batch_size, workers, machine)[0]["top1_accuracy"]
         history.append({"epoch": epoch} | figures | robust)
         run.log(step, **history[-1])
-        state = {"state_dict": classifier.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "memory": memory}
-        state |= {"current": current.state_dict() if ant else None, "generator_optimizer": generator_optimizer.state_dict() if ant else None}
-        state |= {"generator": generator.get_state(), "step": step, "epoch": epoch, "history": history, "finished": False}
+        generator_state = generator.get_state()
         if machine.is_main and (epoch % args.checkpoint_every == 0 or epoch == epochs):
-            common.save_atomically(state, directory / "checkpoint.pt")
+            common.save_atomically(checkpoint_state(False), directory / "checkpoint.pt")
     progress.update(step - progress.n)
     progress.close()
 
     # The test set is read once, here.
     generator = torch.Generator(machine.device).manual_seed(args.seed)  # evaluation does not depend on what training drew
-    models = {"before": before, method: classifier} if before is not None else {method: classifier}
-    clean = {key: evaluate(model, sets.test, args.test_batch_size, workers, machine) for key, model in models.items()}
+    trained = final is not None or epoch > 0
+    models = [classifier, before] if has_before and trained else [classifier]
+    clean = evaluate(models, sets.test, args.test_batch_size, workers, machine)
     severities = evaluate_corruptions(models, sets, args.test_batch_size, workers, machine)
-    corruptions = {key: mean_accuracies(values) for key, values in severities.items()}
+    corruptions = [mean_accuracies(values) for values in severities]
     against_alexnet = args.dataset == "imagenet"
-    reference_errors = ALEXNET_ERRORS if against_alexnet else {name: 100 - corruptions["before"][name] for name in common.CORRUPTIONS}
+    reference_errors = ALEXNET_ERRORS if against_alexnet else {key: 100 - corruptions[-1][key] for key in common.CORRUPTIONS}
     stars, evaluators = {}, {}
     attacked = sets.train if sets.train is not None else sets.test
     for ng_type in ("1x1", "3x3"):
@@ -952,18 +1002,22 @@ def main() -> None:
         "n_train": n_train,
         "n_eval": n_test,
         "protocol": protocol_line(args.dataset, args.eval_split, n_test, args.epsilon, sets.train is not None),
-        "clean_accuracy": clean[method]["top1_accuracy"],
-        "clean_top5_accuracy": clean[method]["top5_accuracy"],
-        "corruptions": corruptions[method],
-        "mce": mean_corruption_error(corruptions[method], reference_errors, 100 / (5 * n_test)),
+        "clean_accuracy": clean[0]["top1_accuracy"],
+        "clean_top5_accuracy": clean[0]["top5_accuracy"],
+        "corruptions": corruptions[0],
+        "mce": mean_corruption_error(corruptions[0], reference_errors, 100 / (5 * n_test)),
         "mce_reference": "alexnet" if against_alexnet else "clean model",
         "epsilon_star": stars["1x1"],
         "epsilon_star_3x3": stars["3x3"],
         "epsilon": args.epsilon,
-        "severities": severities[method],
+        "severities": severities[0],
     }
-    if before is not None:
-        results["before"] = {"clean_accuracy": clean["before"]["top1_accuracy"], "corruptions": corruptions["before"]}
+    if has_before:
+        results["before"] = {"clean_accuracy": clean[-1]["top1_accuracy"], "corruptions": corruptions[-1]}
+    if in_place:  # the times are those of the run, where it had finished
+        with contextlib.suppress(InputError):
+            earlier = common.read_results(directory)
+            results |= {key: earlier[key] for key in ("wall_seconds", "peak_memory_mb", "device") if key in earlier}
     if machine.is_main:
         title = f"{method} on {args.dataset}, {args.model}, seed {args.seed}"
         shown, shown_labels = gather_images(sets.test, 8, 0, machine)
@@ -971,7 +1025,7 @@ def main() -> None:
         for number in sorted({0, len(memory) // 2, len(memory) - 1} if memory else ()):
             earlier[f"epoch {number + 1}"] = NoiseGenerator(args.ng_type).to(machine.device)
             earlier[f"epoch {number + 1}"].load_state_dict(memory[number])
-        learned = earlier | {f"against {method}, {kind}": evaluator for kind, evaluator in evaluators.items() if not earlier or kind == args.ng_type}
+        learned = earlier | {f"fresh ({kind})": evaluator for kind, evaluator in evaluators.items() if not earlier or kind == args.ng_type}
 
         def under(noise_generator: NoiseGenerator | None) -> Callable[[torch.Tensor], torch.Tensor]:
             def change(images: torch.Tensor) -> torch.Tensor:
@@ -984,11 +1038,11 @@ def main() -> None:
         draw_noise(directory / "noise.png", learned, sets.size, generator, machine.device)
         draw_examples(directory / "examples.png", classifier, shown, shown_labels, rows, machine)
         draw_patches(directory / "patches.png", learned, generator, machine.device)
-        draw_corruptions(directory / "corruptions.png", corruptions, title)
+        draw_corruptions(directory / "corruptions.png", dict(zip((method, "before"), corruptions)), title)
         if history:
             draw_curves(directory / "curves.png", history, title)
-        if state is not None and not in_place:
-            common.save_atomically(state | {"finished": True}, directory / "checkpoint.pt")
+        if not args.evaluate:
+            common.save_atomically(checkpoint_state(True), directory / "checkpoint.pt")
     run.log(
         step, test_clean=results["clean_accuracy"], test_corruptions=results["corruptions"]["mean"], mce=results["mce"], epsilon_star=stars["1x1"]
     )
@@ -1012,7 +1066,7 @@ def protocol_line(dataset: str, eval_split: str, n_test: int, epsilon: float, on
     if dataset == "digits":
         source = f"digits-C generated from the {n_test} {eval_split} digits, 15 corruptions x severities 1-5; inputs normalised by 0.5/0.5; mCE against the clean model"
     else:
-        source = f"ImageNet val ({n_test} images, centre crop 224) and ImageNet-C, 15 corruptions x severities 1-5; mCE against AlexNet"
+        source = f"ImageNet val ({n_test} images, centre crop 224) and ImageNet-C, 15 corruptions x severities 1-5; inputs normalised by ImageNet's mean and std; mCE against AlexNet"
     star = f"epsilon* along the noise of a generator trained from scratch at epsilon {epsilon:g} on {'training' if on_train else 'test'} images"
     return f"{source}; top-1 accuracy (%), mean over severities; {star}, median over at most {EPSILON_STAR_IMAGES} images"
 

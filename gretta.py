@@ -330,7 +330,7 @@ class BlackBox:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         self.queries += len(images)
         with torch.set_grad_enabled(self.whitebox and torch.is_grad_enabled()), self.machine.autocast():
-            return self.classifier(images.contiguous(memory_format=torch.channels_last)).float()
+            return self.classifier(self.machine.layout(images)).float()
 
 
 def level_loss(query: Callable, images: torch.Tensor, labels: torch.Tensor, transform: str, chunk: int, totals: torch.Tensor | None = None) -> Loss:
@@ -362,7 +362,7 @@ def distil_student(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = common.build_model("student", num_classes, dataset).to(machine.device, memory_format=torch.channels_last)
+        student = common.build_model("student", num_classes, dataset).to(machine.device, memory_format=machine.weight_layout)
     generator = torch.Generator(machine.device).manual_seed(seed)
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
     steps = epochs * (len(images) // batch_size)
@@ -371,7 +371,7 @@ def distil_student(
     for _ in range(epochs):
         for index in common.epoch_batches(len(images), batch_size, generator):
             batch = strong_augmentation(common.to_float(images[index]), generator, flip=dataset != "digits")
-            loss = F.mse_loss(student(batch), black_box(batch))
+            loss = F.mse_loss(student(machine.layout(batch)), black_box(batch))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -700,7 +700,7 @@ def main() -> None:
         common.load_weights(classifier, weights)
     else:
         weights = common.load_digits_weights(classifier, args.model, machine, args.data_root, args.dry_run)
-    classifier.to(machine.device, memory_format=torch.channels_last)
+    classifier.to(machine.device, memory_format=machine.weight_layout)
     black_box = BlackBox(classifier, machine, args.est == "whitebox")
     policy = Policy(args.policy, num_levels, args.sigmoid, args.init).to(machine.device)
     optimizer = OPTIMIZERS[args.opt](policy.parameters(), lr=args.lr)
@@ -713,7 +713,7 @@ def main() -> None:
         for file in (args.student, None if args.weights else shipped_student, distilled_before):
             if student is None and file is not None and (file == args.student or file.is_file()):
                 student = common.load_weights(common.build_model("student", num_classes, args.dataset), file)
-                student.to(machine.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+                student.to(machine.device, memory_format=machine.weight_layout).eval().requires_grad_(False)
 
     # The run's directory, and what it holds already.
     directory = Path(args.run_dir) if use_policy and args.run_dir else None
@@ -800,7 +800,9 @@ def main() -> None:
             if args.est == "whitebox":
                 gradient = args.beta * true_gradient(loss, detached)
             elif args.est == "surrogate":
-                student_gradient = true_gradient(level_loss(student, images, labels, args.transform, machine.chunk), detached)
+                student_gradient = true_gradient(
+                    level_loss(lambda batch: student(machine.layout(batch)), images, labels, args.transform, machine.chunk), detached
+                )
                 gradient = guided_gradient(loss, detached, student_gradient, args.num_samples, args.sigma, args.alpha, args.beta, noise)
             else:
                 gradient = vanilla_gradient(loss, detached, args.num_samples, args.sigma, args.beta, noise[..., :num_levels])

@@ -128,6 +128,11 @@ def test_no_imagenet_at_all(tmp_path, refuses):
     refuses("--dataset", "imagenet", "--data-root", tmp_path, names=(tmp_path / "imagenet" / "val", "is missing"))
 
 
+def test_an_empty_class_folder_of_imagenet_c_is_found_before_training(imagenet, refuses):
+    (imagenet / "imagenet-c" / "jpeg_compression" / "5" / "dog" / "picture.JPEG").unlink()
+    refuses(*folders(imagenet), names=(imagenet / "imagenet-c" / "jpeg_compression" / "5" / "dog", "is empty"))
+
+
 @pytest.mark.parametrize("missing", ["fog", "fog/3", "jpeg_compression/5/dog"])
 def test_missing_parts_of_imagenet_c(missing, imagenet, refuses):
     shutil.rmtree(imagenet / "imagenet-c" / missing)
@@ -181,6 +186,33 @@ def test_checkpoints_that_do_not_fit(imagenet, tmp_path, refuses):
 def test_models_that_were_not_published(imagenet, refuses):
     refuses("-e", "--model-name", "ANT", names=("digits-resnext-ANT.pt", "--run-dir", "--weights"))
     refuses("-e", "--model-name", "Speckle", *folders(imagenet), names=("Speckle", "resnet50", "--weights"))
+
+
+def test_evaluation_of_what_is_not_there(tmp_path, refuses):
+    refuses("-e", names=(tmp_path / "run" / "checkpoint.pt", "does not exist", "--model-name"))
+    refuses("--model-name", "clean", names=("--model-name clean", "--evaluate"))
+    refuses("--mode", "clean", "--epochs", "2", names=("--mode clean", "--epochs 2"))
+
+
+def test_a_model_without_published_weights(imagenet, refuses):
+    refuses("--dataset", "imagenet", *folders(imagenet), "--arch", "wideresnet", names=("wideresnet", "--weights"))
+
+
+def test_any_folder_of_imagenets_means_imagenet(tmp_path, refuses):
+    refuses("--imagenetc-path", tmp_path, names=("imagenet", "--datadir-clean"))
+
+
+@pytest.mark.parametrize("lr", ["1e30"])
+def test_a_generator_that_diverges_is_named(lr, tmp_path):
+    flags = ("--eval-split", "val", "--epochs", 1, "--fresh-iterations", 4, "--run-dir", tmp_path / "run")
+    line = run_script("game_of_noise.py", *flags, "--fresh-lr", lr, expect=2).stderr.splitlines()[-1]
+    assert "fresh generator is not finite at its step" in line and "--fresh-lr 1e+30" in line
+
+
+def test_resume_with_another_method(tmp_path, refuses):
+    (tmp_path / "run").mkdir()
+    torch.save({"script": "game_of_noise", "method": "Speckle", "step": 1, "epoch": 1, "history": [], "memory": []} | {"state_dict": common.load_tensors(common.WEIGHTS / "digits-resnext.pt", "")}, tmp_path / "run" / "checkpoint.pt")  # fmt: skip
+    refuses("--resume", "--mode", "ANT", names=("checkpoint.pt", "no run of game_of_noise with ANT"))
 
 
 def test_a_run_directory_in_use(tmp_path, refuses):

@@ -253,3 +253,33 @@ def test_nothing_names_this_machine():
     """The project speaks of itself alone: no absolute home or work folder in any text file."""
     for file in [*ROOT.glob("*.py"), ROOT / "README.md", *ROOT.glob("*/README.md")]:
         assert not re.search(r"/(root|home|work)/", file.read_text()), file
+
+
+def test_odd_batches_train_on_the_cpu():
+    """oneDNN's backward pass through narrow channels_last convolutions wrote outside its memory for odd batches: in a process of its own."""
+    program = (
+        "import torch, common\n"
+        "machine = common.start_machine('cpu')\n"
+        "for name in ('wideresnet', 'resnext'):\n"
+        "    model = common.build_model(name, 10, 'digits').to(memory_format=machine.weight_layout)\n"
+        "    for size in (5, 15, 25):\n"
+        "        for _ in range(4):\n"
+        "            model(machine.layout(torch.rand(size, 3, 32, 32))).sum().backward()\n"
+    )
+    run_script("-c", program)
+
+
+def test_affine_batch_norm_changes_nothing_but_the_time():
+    """Logits and the images' gradient as without it, and afterwards everything is as before."""
+    machine = common.start_machine("cpu")
+    images = torch.rand(6, 3, 32, 32, requires_grad=True)
+    for name in ("resnext", "wideresnet"):
+        model = common.load_weights(common.build_model(name, 10, "digits"), common.WEIGHTS / f"digits-{name}.pt").eval()
+        expected = model(images)
+        (gradient,) = torch.autograd.grad(expected.square().sum(), images)
+        with common.affine_batch_norm(model, machine):
+            logits = model(images)
+            (affine_gradient,) = torch.autograd.grad(logits.square().sum(), images)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(affine_gradient, gradient, rtol=1e-3, atol=1e-3)
+        assert torch.equal(model(images), expected) and not any("forward" in vars(module) for module in model.modules())

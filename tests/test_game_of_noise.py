@@ -95,6 +95,16 @@ def test_beyond_reach_is_the_saturated_image():
     assert torch.equal(project(images, noise, float(images[0].numel())), saturated)
 
 
+@pytest.mark.parametrize("size", [8, 32, 224])
+def test_at_the_edge_of_reach_the_distance_still_holds(size):
+    """ε just below, at and above the distance of the saturated image, on 8-bit pixels, where rounding decides what is reached."""
+    images, noise = (torch.rand(20, 3, size, size) * 255).round() / 255, torch.randn(20, 3, size, size)
+    farthest = reach(images, noise)
+    for share in (1 - 1e-3, 1 - 1e-4, 1 - 2e-5, 1 - 1e-6, 1.0, 1 + 1e-6, 1.1):
+        target = (farthest * share).float()
+        torch.testing.assert_close(distances(project(images, noise, target), images), farthest * min(share, 1), rtol=1e-4, atol=0)
+
+
 def test_zero_noise_and_images_without_room_stay_as_they_are():
     images = torch.rand(2, 3, 8, 8)
     assert torch.equal(project(images, torch.zeros_like(images), 3.0), images)
@@ -319,6 +329,18 @@ def test_epsilon_star_of_wrong_and_of_unshakeable_answers():
 
     assert torch.equal(epsilon_star(constant, images, labels, noise), torch.tensor([192.0, 0.0, 192.0, 0.0]))
     assert torch.equal(epsilon_star(constant, images, labels, 0 * noise), torch.tensor([192.0, 0.0, 192.0, 0.0]))
+
+
+def test_epsilon_star_of_no_images_and_of_broken_noise():
+    def constant(batch):
+        return torch.tensor([[1.0, 0.0]]).expand(len(batch), 2)
+
+    empty = torch.zeros(0, 3, 8, 8)
+    assert epsilon_star(constant, empty, torch.zeros(0, dtype=torch.long), empty).shape == (0,)
+    images, noise = torch.rand(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    noise[0, 0, 0, 0] = math.nan
+    found = epsilon_star(constant, images, torch.tensor([0, 0]), noise)
+    assert found[0].isnan() and found[1] == 192  # not the best possible distance
 
 
 def test_epsilon_star_stops_when_all_are_bracketed_and_respects_clipping():
