@@ -7,7 +7,7 @@
     models        ResNeXt-29, Wide ResNet, build_model, load_weights, digits' and ImageNet's weights, download
     machine       device, mixed precision, processes, seeds
     checkpoints   atomic files
-    evaluation    predict_logits, evaluate
+    evaluation    predict_logits, evaluate, evaluate_folder
     results       command line, run directory, logs, results.json, the table over seeds
 
 Nothing happens on import. As a program it prints a Markdown table of mean ± std over seeds, trains a classifier for

@@ -12,7 +12,8 @@ The generator never sees the image. Gaussian and speckle noise are the baselines
     python game_of_noise.py -e --model-name ANT3x3+SIN --datadir-clean IMAGENET --imagenetc-path IMAGENET_C      # a published model
     torchrun --nproc_per_node 2 game_of_noise.py --mode ANT
 
-Reaches: TO BE MEASURED
+Reaches, on digits (accuracy in % on the 600 clean test digits, on digits-C, and ε*; seeds 0-2, two CPU cores, 110 s a run): clean 99.7, 87.4, 9.3;
+Gauss_single 99.3 ± 0.3, 93.2 ± 0.2, 8.8 ± 0.2; ANT 99.0 ± 0.2, 95.0 ± 0.6, 14.0 ± 0.2; ANT3x3 99.1 ± 0.2, 95.9 ± 0.1, 14.0 ± 0.4.
 
 Differs from the published code: the generator that is trained is the one that the classifier meets, earlier ones are replayed from memory, the
 clean half of a batch stays clean, and the norm after clipping is exactly ε. README.md has the whole list.
@@ -42,7 +43,7 @@ SCRIPT = Path(__file__).stem  # a copy of this file, changed, reports under its 
 
 # Settings by data set; a flag left out takes its value from here. ImageNet's are the paper's; those of digits were tuned on
 # validation digits (--eval-split val). ε = 135 at 3×224×224 is a root mean square of 0.348 per value, which at 3×32×32 is 19.3: more
-# than the norm of a digit on its black ground (about 14), which noise below zero then wipes out. Hence 12.
+# than the norm of a digit on its black ground (about 15), which noise below zero then wipes out. Hence 12.
 SETTINGS = {
     "digits": {
         "model": "resnext",
@@ -146,8 +147,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--datadir-clean", metavar="DIR", help="ImageNet: a folder with train/ and val/ (default: <data-root>/imagenet)")
     add("--imagenetc-path", metavar="DIR", help="ImageNet-C: <corruption>/<severity>/<class>/ (default: <data-root>/imagenet-c)")
     add("--datadir-sin", metavar="DIR", help="Stylized-ImageNet: a folder with train/, for --mode ANT+SIN (default: <data-root>/sin)")
-    add("--workers", type=number(int, 0), help=f"processes that decode pictures, at most one per core {by_data_set('workers')}")
-    add("--test-batch-size", type=number(int, 1), default=256, help="pictures per batch in evaluation")
+    add("-j", "--workers", type=number(int, 0), help=f"processes that decode pictures, at most one per core {by_data_set('workers')}")
+    add("-tb", "--test-batch-size", type=number(int, 1), default=256, help="pictures per batch in evaluation")
     add("--eval-split", choices=("val", "test"), default="test", help="digits: what is evaluated at the end; val is for tuning")
     add = parser.add_argument_group("model").add_argument
     add(
@@ -268,7 +269,7 @@ def newton_root(power: torch.Tensor, room: torch.Tensor, target: torch.Tensor, s
 
 
 class NoiseGenerator(nn.Module):
-    """δ = g(z), z ~ N(0, I): convolutions 3→20→20→20→3 with ReLU between, and z added (paper, section 3 and appendix).
+    """δ = g(z), z ~ N(0, I): convolutions 3→20→20→20→3 with ReLU between, and z added (Rusak et al. 2020).
 
     "1x1" keeps pixels independent; "3x3", whose second convolution is 3×3, correlates neighbours and takes z one pixel wider on each side.
     Weights start at N(0, 0.01²), biases at 0, so the noise starts as Gaussian noise.
@@ -413,7 +414,7 @@ def train_fresh_generator(
 
 @torch.no_grad()
 def epsilon_star(model: Callable, images: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The smallest L2 distance (B,) along each image's noise, clipped to [0, 1], at which the classifier is wrong (paper, section 3: ε*).
+    """The smallest L2 distance (B,) along each image's noise, clipped to [0, 1], at which the classifier is wrong (ε* of Rusak et al. 2020).
 
     model maps images (B, 3, H, W) in [0, 1] to logits; labels (B,); noise as images. The distance is doubled from √D/1024 until the answer is
     wrong, then the last interval is halved twelve times. 0 where the answer is wrong without noise; D = 3·H·W where it stays right however
@@ -469,7 +470,7 @@ class Sets(NamedTuple):
 def load_digits_sets(data_root: str, eval_split: str, device: torch.device, dry_run: bool) -> Sets:
     train, val, test = (common.load_split("digits", split, data_root) for split in ("train", "val", eval_split))
     if dry_run:
-        train, val, test = (tuple(part[:64] for part in data) for data in (train, val, test))
+        train, val, test = (tuple(part[:few] for part in data) for data, few in ((train, 64), (val, 64), (test, 16)))
 
     def corrupted(name: str, severity: int) -> Data:
         return common.to_uint8(common.corrupt(common.to_float(test[0].to(device)), name, severity, seed=0)), test[1]
@@ -502,7 +503,7 @@ def load_imagenet_sets(clean: Path, corruptions: Path, stylised: Path | None, ev
 
     def corrupted(name: str, severity: int) -> Data:
         data = common.Folder(corruptions / name / str(severity), classes, resize=224)  # published at 224 px already
-        return data.keep(2) if dry_run else data
+        return data.keep(1) if dry_run else data
 
     return Sets(
         common.Folder(train, classes) if train.is_dir() else None,
@@ -714,6 +715,7 @@ def draw_curves(file: Path, history: list[dict], title: str) -> None:
     right.set(xlabel="epoch", ylabel="accuracy (%)", title="accuracy")
     for axis in (left, right):
         axis.grid(alpha=0.3)
+        axis.locator_params(axis="x", integer=True)
     figure.legend(loc="outside lower right", ncols=4, fontsize=9)
     figure.suptitle(title)
     figure.savefig(file)
@@ -796,7 +798,10 @@ def main() -> None:
     args.batch_size = min(args.batch_size, n_train or n_test)  # a small set of one's own: the whole of it is a batch
     if args.batch_size < machine.world_size:
         raise InputError(f"a batch of {args.batch_size} is smaller than the {machine.world_size} processes: raise --batch-size")
-    workers = min(args.workers, (os.cpu_count() or 1) // machine.world_size)
+    sin_size = max(math.ceil(SIN_IMAGES * args.batch_size / 70), machine.world_size) if sets.stylised else 0
+    if count_images(sets.stylised) < sin_size:
+        raise InputError(f"{count_images(sets.stylised)} stylised images are fewer than the {sin_size} that a batch takes: see --datadir-sin")
+    workers = 0 if args.dry_run else min(args.workers, (os.cpu_count() or 1) // machine.world_size)
     steps_per_epoch = (1 if args.dry_run else n_train // args.batch_size) if n_train else 0
     directory = Path(args.run_dir) if in_place else common.run_directory(SCRIPT, vars(args), method, machine)
 
@@ -882,14 +887,11 @@ def main() -> None:
     def epoch_of_batches(data: Data, batch_size: int) -> Iterator:
         return common.image_batches(data, batch_size, generator, machine, workers)
 
-    sin_size = max(math.ceil(SIN_IMAGES * args.batch_size / 70), machine.world_size) if sets.stylised else 0
-    if sets.stylised and len(sets.stylised) < sin_size:
-        raise InputError(f"{len(sets.stylised)} stylised images are fewer than the {sin_size} of a batch: see --datadir-sin")
     epochs = 0 if args.evaluate else args.epochs
     progress = tqdm(total=epochs * steps_per_epoch, initial=step, desc=f"train {method}", unit="step", disable=not machine.is_main or not epochs)
     while epoch < epochs:
         robust = {}
-        if ant:  # how robust is the classifier now? The generator that found out plays on (paper, section 3)
+        if ant:  # how robust is the classifier now? The generator that found out plays on
             fresh, _, robust_accuracy = train_fresh_generator(
                 classifier,
                 args.ng_type,
@@ -913,7 +915,7 @@ def main() -> None:
         own = own_counts(counts, machine)
         chosen = torch.randint(max(1, len(memory)), (steps_per_epoch, 2), generator=generator, device=machine.device).tolist()
         totals = torch.zeros(5, device=machine.device)  # sums over the epoch: loss, right and rows of the clean share, of the noisy share
-        for (images, labels), earlier in zip(epoch_of_batches(sets.train, args.batch_size), chosen):
+        for earlier, (images, labels) in zip(chosen, epoch_of_batches(sets.train, args.batch_size)):
             z = machine.own_rows(draw_z(args.batch_size, images, current.border if ant else 0, generator))
             if ant:
                 # max over the generator, on the whole batch; the classifier in eval mode, so that its batch statistics are left alone
@@ -983,11 +985,11 @@ def main() -> None:
         evaluators[ng_type], _, _ = train_fresh_generator(
             classifier,
             ng_type,
-            lambda: common.image_batches(attacked, min(args.batch_size, n_train or n_test), generator, machine, workers),
+            lambda: epoch_of_batches(attacked, args.batch_size),
             args.epsilon,
             args.fresh_lr,
             args.star_iterations,
-            min(args.batch_size, n_train or n_test),
+            args.batch_size,
             generator,
             machine,
             f"generator for ε* ({ng_type})",
@@ -1014,10 +1016,11 @@ def main() -> None:
     }
     if has_before:
         results["before"] = {"clean_accuracy": clean[-1]["top1_accuracy"], "corruptions": corruptions[-1]}
-    if in_place:  # the times are those of the run, where it had finished
+    if in_place:  # the times stay those of the run, where it had finished
         with contextlib.suppress(InputError):
             earlier = common.read_results(directory)
-            results |= {key: earlier[key] for key in ("wall_seconds", "peak_memory_mb", "device") if key in earlier}
+            kept = ("wall_seconds", "peak_memory_mb", "device", *(() if has_before else ("before",)))
+            results |= {key: earlier[key] for key in kept if key in earlier}
     if machine.is_main:
         title = f"{method} on {args.dataset}, {args.model}, seed {args.seed}"
         shown, shown_labels = gather_images(sets.test, 8, 0, machine)

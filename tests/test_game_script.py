@@ -99,22 +99,17 @@ def test_the_generator_that_is_trained_is_the_one_in_memory(run):
 
 
 def test_without_reset_the_generator_plays_on(tmp_path):
-    """With --no-reset-generator the second epoch starts from the first one's generator: ten small steps away, where a fresh one is far."""
+    """With --no-reset-generator the second epoch starts from the first one's generator: one small step away, where a fresh one is far."""
     distance = {}
     for flag in ("--reset-generator", "--no-reset-generator"):
-        run_script("game_of_noise.py", *SMALL, flag, "--generator-lr", "1e-5", "--run-dir", tmp_path / flag)
+        run_script("game_of_noise.py", "--dry-run", flag, "--generator-lr", "1e-5", "--run-dir", tmp_path / flag)
         first, second = state_of(tmp_path / flag)["memory"]
         distance[flag] = (first["convolutions.0.weight"] - second["convolutions.0.weight"]).abs().max().item()
-    assert distance["--no-reset-generator"] <= 11 * 1e-5 < 1e-3 < distance["--reset-generator"]
-
-
-def test_the_same_seed_gives_the_same_results(run, tmp_path):
-    run_script("game_of_noise.py", *SMALL, "--run-dir", tmp_path / "again", "--seed", 3)
-    assert without_times(results_of(tmp_path / "again")) == without_times(results_of(run))
-    assert_equal_weights(state_of(tmp_path / "again")["state_dict"], state_of(run)["state_dict"])
+    assert distance["--no-reset-generator"] <= 1.1e-5 < 1e-3 < distance["--reset-generator"]
 
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(run, tmp_path):
+    """Weights and figures of a run that was never killed, bit for bit; so the same seed gives the same results too."""
     directory = tmp_path / "run"
     command = [sys.executable, ROOT / "game_of_noise.py", *SMALL, "--seed", "3", "--run-dir", directory]
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -145,13 +140,15 @@ def test_evaluate_repeats_the_figures_and_writes_the_report(run, tmp_path):
 
 def test_a_run_from_other_weights_is_evaluated_as_itself(run, tmp_path):
     """What it started from is the reference; the run's own directory is used, and its time stays."""
-    run_script("game_of_noise.py", *SMALL, "--mode", "Speckle", "--weights", run / "checkpoint.pt", "--run-dir", tmp_path / "run")
+    flags = ("--mode", "Speckle", "--eval-split", "val", "--weights", run / "checkpoint.pt")
+    run_script("game_of_noise.py", "--dry-run", *flags, "--run-dir", tmp_path / "run")
     before = results_of(tmp_path / "run")
-    assert before["before"]["corruptions"] == results_of(run)["corruptions"]
-    run_script(ROOT / "game_of_noise.py", "-e", "--run-dir", "run", "--data-root", ROOT / "data", cwd=tmp_path)
-    assert results_of(tmp_path / "run") == before
     again = run_script("game_of_noise.py", "--resume", "--run-dir", tmp_path / "run")
     assert "finished run" in again.stdout
+    run_script(ROOT / "game_of_noise.py", "-e", "--run-dir", "run", "--data-root", ROOT / "data", cwd=tmp_path)
+    after = results_of(tmp_path / "run")
+    assert after["n_eval"] == 197 and after["method"] == "Speckle" and {key: after[key] for key in TIMES} == {key: before[key] for key in TIMES}
+    assert after["before"]["corruptions"] == results_of(run)["corruptions"]
 
 
 def test_evaluate_the_clean_model(tmp_path):
@@ -171,7 +168,7 @@ def test_evaluate_the_clean_model(tmp_path):
 def test_each_mode(flags, tmp_path):
     run_script("game_of_noise.py", "--dry-run", *flags, "--run-dir", tmp_path / "run")
     results = results_of(tmp_path / "run")
-    assert results["method"] == {"3x3": "ANT3x3", "--amp": "ANT"}.get(flags[-1], flags[1]) and results["n_eval"] == 64
+    assert results["method"] == {"3x3": "ANT3x3", "--amp": "ANT"}.get(flags[-1], flags[1]) and results["n_eval"] == 16
     shipped = torch.load(common.WEIGHTS / f"digits-{results['model']}.pt", weights_only=True)
     if results["method"] == "clean":
         assert results["mce"] == pytest.approx(100)
@@ -182,22 +179,22 @@ def test_each_mode(flags, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_play_the_same_game(processes, tmp_path):
-    """The same classifier and generator as one process, but for rounding, which a few small steps do not let grow."""
-    flags = ("--eval-split", "val", "--epochs", "2", "--batch-size", "250", "--fresh-iterations", "2", "--star-iterations", "1", "--lr", "1e-4")
-    flags += ("--generator-lr", "1e-4", "--fresh-lr", "1e-4")
-    run_script("game_of_noise.py", *flags, "--run-dir", tmp_path / "one", OMP_NUM_THREADS="1")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "game_of_noise.py", *flags]
-    run_script(*command, "--run-dir", tmp_path / "many", OMP_NUM_THREADS="1")
-    one, many = state_of(tmp_path / "one"), state_of(tmp_path / "many")
-    for key, value in one["state_dict"].items():
-        if value.is_floating_point():
-            torch.testing.assert_close(many["state_dict"][key], value, rtol=1e-3, atol=1e-4)
-    for key, value in one["current"].items():
-        torch.testing.assert_close(many["current"][key], value, rtol=1e-2, atol=1e-4)
-    assert results_of(tmp_path / "many")["clean_accuracy"] == pytest.approx(results_of(tmp_path / "one")["clean_accuracy"], abs=0.6)
-    assert json.loads((tmp_path / "many/args.json").read_text())["world_size"] == processes
+def test_several_processes_play_the_same_game(tmp_path):
+    """The same classifier and generator as one process, but for rounding, which a few small steps do not let grow; 10 images on 3 ranks."""
+    flags = ("--dry-run", "--lr", "1e-3", "--generator-lr", "1e-4", "--fresh-lr", "1e-4", "--run-dir")
+    run_script("game_of_noise.py", *flags, tmp_path / "1", OMP_NUM_THREADS="1")
+    one = state_of(tmp_path / "1")
+    for processes in (2, 3):
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "game_of_noise.py", *flags]
+        run_script(*command, tmp_path / f"{processes}", OMP_NUM_THREADS="1")
+        many = state_of(tmp_path / f"{processes}")
+        for key, value in one["state_dict"].items():
+            if value.is_floating_point():
+                torch.testing.assert_close(many["state_dict"][key], value, rtol=1e-3, atol=1e-5)
+        for key, value in one["current"].items():
+            torch.testing.assert_close(many["current"][key], value, rtol=0, atol=5e-5)  # Adam turns rounding into parts of a step, 1e-4
+        assert results_of(tmp_path / f"{processes}")["clean_accuracy"] == results_of(tmp_path / "1")["clean_accuracy"]
+        assert json.loads((tmp_path / f"{processes}/args.json").read_text())["world_size"] == processes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
