@@ -327,7 +327,7 @@ def test_predict_of_an_unreadable_picture(name, keep, tmp_path):
     gretta_refuses(tmp_path, "--predict", folder, names=("--predict", folder / name))
 
 
-@pytest.mark.parametrize("suffix", [suffix for suffix in gretta.IMAGE_SUFFIXES if suffix not in (".jpeg", ".tif")])
+@pytest.mark.parametrize("suffix", [suffix for suffix in common.IMAGE_SUFFIXES if suffix not in (".jpeg", ".tif")])
 def test_pictures_damaged_anywhere_are_refused_by_name(suffix, tmp_path, recwarn, caplog):
     """Cut off, or with bytes changed, at many places: read, or an InputError that names the file, but nothing else."""
     file, generator = tmp_path / f"picture{suffix}", np.random.default_rng(0)
