@@ -72,7 +72,7 @@ def load_split(dataset: str, split: str, data_root: str | Path = "data") -> tupl
         raise InputError(f"unknown split '{split}': choose from {', '.join(SPLITS)}")
     if dataset == "digits":
         return load_digits(split, data_root)
-    raise InputError(f"unknown data set '{dataset}': choose digits")
+    raise InputError(f"unknown data set '{dataset}': choose {', '.join(NUM_CLASSES)}")
 
 
 def load_digits(split: str, data_root: str | Path = "data") -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,7 +275,7 @@ class Folder(torch.utils.data.Dataset):
 
     def keep(self, most: int) -> "Folder":
         """A folder of at most `most` of these pictures, evenly spaced through them."""
-        chosen = torch.linspace(0, len(self) - 1, min(most, len(self))).round().long()
+        chosen = evenly_spaced(most, len(self))
         kept = copy.copy(self)
         kept.files, kept.labels = self.files[chosen.numpy()], self.labels[chosen]
         return kept
@@ -294,6 +294,11 @@ class Folder(torch.utils.data.Dataset):
         numbers = machine.own_rows(torch.arange(len(self))).tolist()
         items = [(number, None) for number in numbers]
         return self.batches([items[start : start + batch_size] for start in range(0, len(items), batch_size)], workers, machine)
+
+
+def evenly_spaced(most: int, size: int) -> torch.Tensor:
+    """At most `most` of the numbers 0…size − 1, evenly spaced: (min(most, size),) int64."""
+    return torch.linspace(0, size - 1, min(most, size)).round().long()
 
 
 def image_batches(
@@ -1069,6 +1074,11 @@ def load_weights(model: nn.Module, file: str | Path) -> nn.Module:
     for prefix in ("module.", "_orig_mod.", "resnet."):
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return load_state(model, state, f"{file} does not fit this model", "choose the --model and --dataset it was trained for")
+
+
+def load_state(model: nn.Module, state: dict[str, torch.Tensor], complaint: str, advice: str) -> nn.Module:
+    """Put a state dict into `model` and return it. InputError, naming the keys, between `complaint` and `advice`, for one that does not fit."""
     wanted = model.state_dict()
     # Counters are not in every checkpoint (torch < 0.4.1 had none) and nothing depends on them here.
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
@@ -1084,7 +1094,7 @@ def load_weights(model: nn.Module, file: str | Path) -> nn.Module:
         if keys
     ]
     if faults:
-        raise InputError(f"{file} does not fit this model: {'; '.join(faults)}; choose the --model and --dataset it was trained for")
+        raise InputError(f"{complaint}: {'; '.join(faults)}; {advice}")
     model.load_state_dict(state, strict=False)
     return model
 
@@ -1124,15 +1134,13 @@ def load_imagenet_weights(model: nn.Module, name: str, machine: "Machine", dry_r
     if machine.is_main:
         download(url, file, Path(url).stem.split("-")[-1])
     machine.barrier()
-    state = load_tensors(file, "remove it, so that it is downloaded again")
+    again = "remove it, so that it is downloaded again"
+    state = load_tensors(file, again)
     wanted = model.state_dict()
-    state = {
-        key: value for key, value in state.items() if key in wanted or not key.lower().startswith("aux")
-    }  # auxiliary heads are for training from scratch
+    # Auxiliary heads are for training from scratch; a head of another number of classes gives way to the model's own.
+    state = {key: value for key, value in state.items() if key in wanted or not key.lower().startswith("aux")}
     head = [key for key in state if key in wanted and state[key].shape[:1] == (1000,) and wanted[key].shape[:1] != (1000,)]
-    if set(state) != set(wanted) - {key for key in wanted if key.endswith("num_batches_tracked") and key not in state}:
-        raise InputError(f"{file} does not fit {name}: remove it, so that it is downloaded again")
-    model.load_state_dict({key: value for key, value in state.items() if key not in head}, strict=False)
+    load_state(model, state | {key: wanted[key] for key in head}, f"{file} does not fit {name}", again)
     return f"{file}" + (f", but for {', '.join(head)} (another number of classes)" if head else "")
 
 
@@ -1388,12 +1396,14 @@ def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, machi
 def evaluate_folder(models: list[nn.Module], folder: Folder, batch_size: int, workers: int, machine: Machine) -> list[dict[str, float]]:
     """As `evaluate`, for pictures that are read as they are needed, once for all models."""
     training = [model.training for model in models]
+    for model in models:
+        model.eval()
     totals = torch.zeros(len(models), 4, device=machine.device, dtype=torch.float64)
     for images, labels in folder.all_batches(batch_size, workers, machine):
         batch = to_float(images).contiguous(memory_format=torch.channels_last)
         for total, model in zip(totals, models):
             with machine.autocast():
-                logits = model.eval()(batch).float()
+                logits = model(batch).float()
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
             total += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.ones_like(labels).sum()]).to(totals.dtype)
