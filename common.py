@@ -4,7 +4,8 @@
     data          load_split, digits, modified digits, batches, affine_warp, mild_augmentation
     folders       Folder: class folders of pictures such as ImageNet's, check_classes, image_batches
     corruptions   CORRUPTIONS, corrupt, contact_sheet
-    models        ResNeXt-29, Wide ResNet, build_model, load_weights, digits' and ImageNet's weights, download
+    models        ResNeXt-29, Wide ResNet, Shake-Shake, PyramidNet with ShakeDrop, ResNet-50-D and -200, build_model,
+                  load_weights, digits' and ImageNet's weights, download
     machine       device, mixed precision, processes, seeds
     checkpoints   atomic files
     evaluation    predict_logits, evaluate, evaluate_folder
@@ -50,7 +51,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent
 WEIGHTS = ROOT / "weights"
 
-NUM_CLASSES = {"digits": 10}
+NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
 SPLITS = ("train", "val", "test")
 
 
@@ -66,12 +67,14 @@ class InputError(ValueError):
 def load_split(dataset: str, split: str, data_root: str | Path = "data") -> tuple[torch.Tensor, torch.Tensor]:
     """Images (N, 3, H, W) uint8 and labels (N,) int64 of one split of a set that fits in memory.
 
-    dataset: "digits"; split: "train", "val" or "test". Raises InputError where the files are missing or damaged.
+    dataset: "digits", "cifar10", "cifar100"; split: "train", "val" or "test". Raises InputError where the files are missing or damaged.
     """
     if split not in SPLITS:
         raise InputError(f"unknown split '{split}': choose from {', '.join(SPLITS)}")
     if dataset == "digits":
         return load_digits(split, data_root)
+    if dataset in ("cifar10", "cifar100"):
+        return load_cifar(dataset, split, data_root)
     raise InputError(f"unknown data set '{dataset}': choose {', '.join(NUM_CLASSES)}")
 
 
@@ -97,6 +100,56 @@ def load_digits(split: str, data_root: str | Path = "data") -> tuple[torch.Tenso
     images = F.pad(images, (6, 6, 6, 6))  # (N, 1, 32, 32)
     images = (images * 255).round().to(torch.uint8).repeat(1, 3, 1, 1)
     return images, torch.from_numpy(labels[chosen].astype(np.int64))
+
+
+def load_cifar(dataset: str, split: str, data_root: str | Path = "data") -> tuple[torch.Tensor, torch.Tensor]:
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009): uint8 (N, 3, 32, 32) and int64 (N,); 45,000 training, 5,000 validation, 10,000 test images.
+
+    The published training set has no validation part: every tenth image of each class is "val" here, the others are "train".
+    """
+    from torchvision import datasets
+
+    name, folder = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python")}[dataset]
+    address = f"https://www.cs.toronto.edu/~kriz/{folder.replace('batches-py', 'python')}.tar.gz"
+    try:
+        data = getattr(datasets, name)(str(data_root), train=split != "test", download=False)  # checks md5 before it unpickles
+    except Exception as error:
+        raise InputError(f"{Path(data_root) / folder} is missing or damaged: unpack {address} in {data_root}, or name another --data-root") from error
+    images, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
+    if split == "test":
+        return images, labels
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(NUM_CLASSES[dataset]):
+        held_out[(labels == label).nonzero()[9::10, 0]] = True
+    chosen = held_out if split == "val" else ~held_out
+    return images[chosen], labels[chosen]
+
+
+def load_cifar_corruption(dataset: str, name: str, severity: int, data_root: str | Path = "data") -> tuple[torch.Tensor, torch.Tensor]:
+    """One severity of one corruption of CIFAR-10-C or CIFAR-100-C: uint8 (10000, 3, 32, 32) and int64 (10000,), in the test set's order.
+
+    The files are `<corruption>.npy`, (5·N, 32, 32, 3) uint8, severity after severity, and `labels.npy`, in <data_root>/CIFAR-10-C.
+    """
+    directory = cifar_c(dataset, data_root)
+    images, labels = read_array(directory / f"{name}.npy"), read_array(directory / "labels.npy")
+    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) % 5 or labels.shape != images.shape[:1]:
+        raise InputError(f"{directory / name}.npy is {images.dtype} {images.shape} and labels.npy {labels.shape}: expected uint8 (5·N, 32, 32, 3)")
+    count = len(images) // 5
+    rows = slice((severity - 1) * count, severity * count)
+    return torch.from_numpy(images[rows].copy()).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels[rows].astype(np.int64))
+
+
+def cifar_c(dataset: str, data_root: str | Path, kind: str = "C") -> Path:
+    """Where CIFAR-10-C, CIFAR-100-C or (kind "P") CIFAR-10-P lies, once unpacked."""
+    return Path(data_root) / f"{dataset.upper().replace('CIFAR', 'CIFAR-')}-{kind}"
+
+
+def read_array(file: Path) -> np.ndarray:
+    """An array file, mapped rather than read; never unpickled."""
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{file} is missing or damaged ({error}): unpack the data set again") from error
 
 
 def find_data(name: str, data_root: str | Path) -> Path:
@@ -275,7 +328,10 @@ class Folder(torch.utils.data.Dataset):
 
     def keep(self, most: int) -> "Folder":
         """A folder of at most `most` of these pictures, evenly spaced through them."""
-        chosen = evenly_spaced(most, len(self))
+        return self.part(evenly_spaced(most, len(self)))
+
+    def part(self, chosen: torch.Tensor) -> "Folder":
+        """A folder of the pictures with these numbers."""
         kept = copy.copy(self)
         kept.files, kept.labels = self.files[chosen.numpy()], self.labels[chosen]
         return kept
@@ -289,6 +345,15 @@ class Folder(torch.utils.data.Dataset):
         except InputError as error:  # one raised in a worker comes with the worker's traceback before it
             raise InputError(str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")) from error
 
+    def random_batches(
+        self, batch_size: int, generator: torch.Generator, workers: int, machine: "Machine"
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """One shuffled epoch, this rank's part of each batch, randomly cropped and flipped; order and keys are drawn on every rank alike."""
+        numbers = epoch_batches(len(self), batch_size, generator)
+        keys = torch.randint(2**62, numbers.shape, generator=generator, device=generator.device)
+        items = (list(zip(machine.own_rows(row).tolist(), machine.own_rows(key).tolist())) for row, key in zip(numbers.cpu(), keys.cpu()))
+        return self.batches(items, workers, machine)
+
     def all_batches(self, batch_size: int, workers: int, machine: "Machine") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This rank's part of all pictures, in order, centres cut out."""
         numbers = machine.own_rows(torch.arange(len(self))).tolist()
@@ -296,13 +361,30 @@ class Folder(torch.utils.data.Dataset):
         return self.batches([items[start : start + batch_size] for start in range(0, len(items), batch_size)], workers, machine)
 
 
+Data = tuple[torch.Tensor, torch.Tensor] | Folder  # uint8 images (N, 3, H, W) and labels (N,), or pictures on disk
+
+
+def count_images(data: Data | None) -> int:
+    return 0 if data is None else len(data) if isinstance(data, Folder) else len(data[1])
+
+
 def evenly_spaced(most: int, size: int) -> torch.Tensor:
     """At most `most` of the numbers 0…size − 1, evenly spaced: (min(most, size),) int64."""
     return torch.linspace(0, size - 1, min(most, size)).round().long()
 
 
+def gather_images(data: Data, most: int, workers: int, machine: "Machine") -> tuple[torch.Tensor, torch.Tensor]:
+    """At most `most` images and labels of a set, evenly spaced through it, on the device of every rank alike: uint8 (n, 3, H, W), (n,)."""
+    if isinstance(data, Folder):
+        data = data.keep(most)
+        images, labels = zip(*data.all_batches(128, workers, machine._replace(rank=0, world_size=1)))
+        return torch.cat(images), torch.cat(labels)
+    chosen = evenly_spaced(most, len(data[1]))
+    return data[0][chosen.to(data[0].device)].to(machine.device), data[1][chosen.to(data[1].device)].to(machine.device)
+
+
 def image_batches(
-    data: tuple[torch.Tensor, torch.Tensor] | Folder, batch_size: int, generator: torch.Generator, machine: "Machine", workers: int = 0
+    data: Data, batch_size: int, generator: torch.Generator, machine: "Machine", workers: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """One shuffled and augmented epoch, batch by batch: this rank's rows as float images (b, 3, H, W) in [0, 1] and labels (b,).
 
@@ -310,10 +392,7 @@ def image_batches(
     order and augmentation are drawn from `generator` on every rank alike. Pictures left over by the last whole batch wait for the next epoch.
     """
     if isinstance(data, Folder):
-        numbers = epoch_batches(len(data), batch_size, generator)
-        keys = torch.randint(2**62, numbers.shape, generator=generator, device=generator.device)
-        items = (list(zip(machine.own_rows(row).tolist(), machine.own_rows(key).tolist())) for row, key in zip(numbers.cpu(), keys.cpu()))
-        for images, labels in data.batches(items, workers, machine):
+        for images, labels in data.random_batches(batch_size, generator, workers, machine):
             yield to_float(images), labels
     else:
         images, labels = data
@@ -979,6 +1058,181 @@ class WideResNet(nn.Module):
         return self.fc(F.relu(self.bn1(x), inplace=True).mean((2, 3)))
 
 
+class ShakeShakeBlock(nn.Module):
+    """A skip path plus the mix of two residual branches, each ReLU-Conv-BN-ReLU-Conv-BN.
+
+    Where the number of channels changes, the skip path is ReLU, two 1×1 convolutions for half of the channels each, and BN: one convolution sees
+    every stride-th pixel, the other the same pixels of the image shifted by one right and down.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.branch1, self.branch2 = (
+            nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(out_channels),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False),
+                nn.BatchNorm2d(out_channels),
+            )
+            for _ in range(2)
+        )
+        self.skip1 = self.skip2 = self.bn_skip = None
+        if in_channels != out_channels:
+            self.skip1 = nn.Conv2d(in_channels, out_channels // 2, 1, stride, bias=False)
+            self.skip2 = nn.Conv2d(in_channels, out_channels - out_channels // 2, 1, stride, bias=False)
+            self.bn_skip = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        active = F.relu(x)
+        if self.bn_skip is not None:
+            x = self.bn_skip(torch.cat([self.skip1(active), self.skip2(F.pad(active, (1, -1, 1, -1)))], 1))
+        return x + shake_even(self.branch1(active), self.branch2(active), self.training)
+
+
+def shake_even(one: torch.Tensor, other: torch.Tensor, training: bool) -> torch.Tensor:
+    """α·one + (1 - α)·other with α ~ U(0, 1) per image in training, their mean in evaluation; the gradient is the mean's ("Shake-Even-Image")."""
+    mean = (one + other) / 2
+    if not training:
+        return mean
+    alpha = torch.rand(len(one), 1, 1, 1, device=one.device)
+    return mean + ((alpha - 0.5).to(one.dtype) * (one - other)).detach()
+
+
+class ShakeShake(nn.Module):
+    """Shake-Shake 26 2×{width}d for 32 px images (Gastaldi 2017, arXiv 1705.07485), "Shake-Even-Image": see shake_even.
+
+    Every block draws its own α for every image, from torch's generator of the device. width is the number of channels of the first stage: 32,
+    96 or 112 as published, 4 to 10 for digits.
+    """
+
+    def __init__(self, num_classes: int, width: int, depth: int = 26):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        self.blocks = nn.Sequential()
+        channels = 16
+        for stage in range(3):
+            for block in range((depth - 2) // 6):
+                self.blocks.append(ShakeShakeBlock(channels, width * 2**stage, 2 if stage > 0 and block == 0 else 1))
+                channels = width * 2**stage
+        self.fc = nn.Linear(channels, num_classes)
+        initialise(self)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(self.bn(self.conv(images * 2 - 1)))
+        return self.fc(F.relu(x, inplace=True).mean((2, 3)))
+
+
+class ShakeDrop(nn.Module):
+    """ShakeDrop (Yamada et al. 2018, arXiv 1802.02375): the scale of a residual branch F is disturbed, forward and backward differently.
+
+    In training F is multiplied by b + α - bα going forward and its gradient by b + β - bβ going backward; in evaluation F is multiplied by the
+    expectation of the former, P(b = 1) = 1 - death_rate. b ~ Bernoulli is one gate per layer for the whole batch (a rank's own), as in
+    stochastic depth (Huang et al. 2016), on which this builds, and as Fast AutoAugment's code draws it; α ~ U(-1, 1) and β ~ U(0, 1) are one per
+    layer and image. All come from torch's generator of the device.
+    """
+
+    def __init__(self, death_rate: float):
+        super().__init__()
+        self.death_rate = death_rate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x * (1 - self.death_rate)
+        b = torch.rand(1, 1, 1, 1, device=x.device) >= self.death_rate
+        alpha, beta = torch.rand(2, len(x), 1, 1, 1, device=x.device)
+        ahead, back = (torch.where(b, 1.0, factor).to(x.dtype) for factor in (2 * alpha - 1, beta))
+        return back * x + ((ahead - back) * x).detach()
+
+    def extra_repr(self) -> str:
+        return f"death_rate={self.death_rate:g}"
+
+
+class PyramidBottleneck(nn.Module):
+    """BN-Conv1×1-BN-ReLU-Conv3×3-BN-ReLU-Conv1×1-BN beside a shortcut without weights: average pooling for stride 2, zeros for new channels."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, death_rate: float):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        self.bn4 = nn.BatchNorm2d(4 * channels)
+        self.shake_drop = ShakeDrop(death_rate)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = F.relu(self.bn2(self.conv1(self.bn1(x))), inplace=True)
+        out = F.relu(self.bn3(self.conv2(out)), inplace=True)
+        out = self.shake_drop(self.bn4(self.conv3(out)))
+        if self.conv2.stride != (1, 1):
+            x = F.avg_pool2d(x, 2, ceil_mode=True)
+        return out + F.pad(x, (0, 0, 0, 0, 0, out.shape[1] - x.shape[1]))
+
+
+class PyramidNet(nn.Module):
+    """PyramidNet-272 (α̃ = 200) of bottlenecks for 32 px images (Han et al. 2017, arXiv 1610.02915) with ShakeDrop.
+
+    Block l of L has ⌊width + widening·l/L⌋ channels, four times as many at its end, and the death rate death_rate·l/L. Rounding down gives the
+    published 26.0 M parameters, rounding to the nearest 26.2 M. width is the number of channels of the first convolution: 16 as published, 4 for
+    digits, where death_rate is 0.1: 0.5 is for 90 blocks, and keeps 6 narrow ones from learning.
+    """
+
+    def __init__(self, num_classes: int, depth: int = 272, widening: int = 200, width: int = 16, death_rate: float = 0.5):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.blocks = nn.Sequential()
+        in_channels, stage_blocks = width, (depth - 2) // 9
+        total = 3 * stage_blocks
+        for block in range(1, total + 1):
+            channels = width + widening * block // total
+            stride = 2 if block in (stage_blocks + 1, 2 * stage_blocks + 1) else 1
+            self.blocks.append(PyramidBottleneck(in_channels, channels, stride, death_rate * block / total))
+            in_channels = 4 * channels
+        self.bn2 = nn.BatchNorm2d(in_channels)
+        self.fc = nn.Linear(in_channels, num_classes)
+        initialise(self)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(self.bn1(self.conv1(images * 2 - 1)))
+        return self.fc(F.relu(self.bn2(x), inplace=True).mean((2, 3)))
+
+
+def bottleneck_resnet(num_classes: int, layers: tuple[int, ...], deep_stem: bool = False, width: int = 64) -> nn.Module:
+    """torchvision's ResNet of bottlenecks with so many `layers` per stage, and its key names; the input's normalisation is left to build_model.
+
+    deep_stem makes it ResNet-D (He et al. 2019, arXiv 1812.01187): three 3×3 convolutions instead of one 7×7, and in the shortcuts that downsample
+    2×2 average pooling before a 1×1 convolution of stride 1; the names of those are timm's. width is the number of channels of the first
+    stage's bottlenecks: 64 as published, 4 for digits.
+    """
+    from torchvision.models.resnet import Bottleneck, ResNet  # takes a second to import, so only when asked for
+
+    class SlimResNet(ResNet):
+        def _make_layer(self, block: type, planes: int, *arguments, **settings) -> nn.Sequential:
+            return super()._make_layer(block, planes * width // 64, *arguments, **settings)
+
+    model = (ResNet if width == 64 else SlimResNet)(Bottleneck, list(layers), num_classes)
+    if width != 64:
+        model.fc = nn.Linear(model.inplanes, num_classes)
+    if deep_stem:
+        stem = []
+        for in_channels, out_channels, stride in ((3, 32, 2), (32, 32, 1), (32, 64, 1)):
+            stem += [nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+        model.conv1 = nn.Sequential(*stem[:-2])  # the last BN and ReLU are the model's own
+        for module in model.conv1:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+        for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+            conv, norm = stage[0].downsample
+            pool = nn.Identity() if conv.stride == (1, 1) else nn.AvgPool2d(2, ceil_mode=True)
+            conv.stride = (1, 1)
+            stage[0].downsample = nn.Sequential(pool, conv, norm)
+    return model
+
+
 def initialise(model: nn.Module) -> None:
     """He initialisation by fan-out for convolutions, zero biases (He et al. 2015)."""
     for module in model.modules():
@@ -989,15 +1243,35 @@ def initialise(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-# Models by name. On digits the same constructors are slim, so that two CPU cores suffice; a student is a small white-box stand-in.
+# Models by name. On digits the same constructors are slim and shallow, so that two CPU cores suffice; a student is a small white-box stand-in.
 MODELS = {
     "resnext": lambda num_classes: ResNeXt(num_classes),
     "wideresnet": lambda num_classes: WideResNet(num_classes),
+    "wresnet40_2": lambda num_classes: WideResNet(num_classes),
+    "wresnet28_10": lambda num_classes: WideResNet(num_classes, depth=28, widen_factor=10),
+    "shake26_2x32d": lambda num_classes: ShakeShake(num_classes, width=32),
+    "shake26_2x96d": lambda num_classes: ShakeShake(num_classes, width=96),
+    "shake26_2x112d": lambda num_classes: ShakeShake(num_classes, width=112),
+    "pyramid272": lambda num_classes: PyramidNet(num_classes),
+    "pyramidnet272": lambda num_classes: PyramidNet(num_classes),
+    "resnet50": lambda num_classes: bottleneck_resnet(num_classes, (3, 4, 6, 3)),
+    "resnet50d": lambda num_classes: bottleneck_resnet(num_classes, (3, 4, 6, 3), deep_stem=True),
+    "resnet200": lambda num_classes: bottleneck_resnet(num_classes, (3, 24, 36, 3)),
     "student": lambda num_classes: torchvision_model("resnet18", num_classes, (0.5,) * 3, (0.5,) * 3),
 }
 DIGITS_MODELS = {
     "resnext": lambda num_classes: ResNeXt(num_classes, width=4),
     "wideresnet": lambda num_classes: WideResNet(num_classes, width=4),
+    "wresnet40_2": lambda num_classes: WideResNet(num_classes, width=4),
+    "wresnet28_10": lambda num_classes: WideResNet(num_classes, depth=10, widen_factor=4, width=4),
+    "shake26_2x32d": lambda num_classes: ShakeShake(num_classes, width=4, depth=14),
+    "shake26_2x96d": lambda num_classes: ShakeShake(num_classes, width=8, depth=14),
+    "shake26_2x112d": lambda num_classes: ShakeShake(num_classes, width=10, depth=14),
+    "pyramid272": lambda num_classes: PyramidNet(num_classes, depth=20, widening=16, width=4, death_rate=0.1),
+    "pyramidnet272": lambda num_classes: PyramidNet(num_classes, depth=20, widening=16, width=4, death_rate=0.1),
+    "resnet50": lambda num_classes: bottleneck_resnet(num_classes, (2, 2, 2, 2), width=4),
+    "resnet50d": lambda num_classes: bottleneck_resnet(num_classes, (2, 2, 2, 2), deep_stem=True, width=4),
+    "resnet200": lambda num_classes: bottleneck_resnet(num_classes, (2, 4, 6, 2), width=4),
     "student": lambda num_classes: WideResNet(num_classes, depth=16, width=4),
 }
 
@@ -1008,12 +1282,14 @@ def build_model(name: str, num_classes: int, dataset: str) -> nn.Module:
     name: a key of MODELS, or any classification model of torchvision by its name there ("resnet50", "convnext_tiny", …).
     dataset: its image statistics are used for normalisation, and "digits" takes the slim widths. Raises InputError for an unknown name.
     """
-    models = DIGITS_MODELS if dataset == "digits" else MODELS
-    if name in models:
-        return models[name](num_classes)
     # torchvision's Inception and GoogLeNet were trained on inputs normalised by 0.5/0.5, its other ImageNet models by ImageNet's statistics.
     imagenet = dataset.startswith("imagenet") and name not in ("googlenet", "inception_v3")
-    return torchvision_model(name, num_classes, *(((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if imagenet else ((0.5,) * 3, (0.5,) * 3)))
+    statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if imagenet else ((0.5,) * 3, (0.5,) * 3)
+    models = DIGITS_MODELS if dataset == "digits" else MODELS
+    if name not in models:
+        return torchvision_model(name, num_classes, *statistics)
+    model = models[name](num_classes)
+    return normalise_inside(model, *statistics) if name.startswith("resnet") else model  # the others do it themselves
 
 
 def torchvision_model(name: str, num_classes: int, mean: tuple, std: tuple) -> nn.Module:
@@ -1026,6 +1302,11 @@ def torchvision_model(name: str, num_classes: int, mean: tuple, std: tuple) -> n
     auxiliary |= {"transform_input": False} if auxiliary else {}
     with warnings_off():
         model = models.get_model(name, weights=None, num_classes=num_classes, **auxiliary)
+    return normalise_inside(model, mean, std)
+
+
+def normalise_inside(model: nn.Module, mean: tuple, std: tuple) -> nn.Module:
+    """The model, which from now on normalises its input itself."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
     # A hook rather than a wrapping module: the state dict keeps torchvision's keys, so that published weights load as they are.
     model.register_buffer("normalisation", torch.cat([mean, std]), persistent=False)
@@ -1413,6 +1694,31 @@ def evaluate_folder(models: list[nn.Module], folder: Folder, batch_size: int, wo
     return [dict(zip(keys, (100 * top1 / count, 100 * top5 / count, loss / count))) for top1, top5, loss, count in machine.all_sum(totals).tolist()]
 
 
+def evaluate_models(models: list[nn.Module], data: Data, batch_size: int, workers: int, machine: Machine) -> list[dict[str, float]]:
+    """Top-1 and top-5 accuracy (%) and loss of each model on tensors or pictures."""
+    if isinstance(data, Folder):
+        return evaluate_folder(models, data, batch_size, workers, machine)
+    return [evaluate(model, *data, machine) for model in models]
+
+
+def evaluate_corruptions(
+    models: list[nn.Module], corrupted: Callable[[str, int], Data], batch_size: int, workers: int, machine: Machine
+) -> list[dict[str, list[float]]]:
+    """For each model {corruption: [accuracy (%) at severity 1, …, 5]}; `corrupted(name, severity)` makes, or reads, every set once."""
+    from tqdm import tqdm
+
+    found = [{name: [] for name in CORRUPTIONS} for _ in models]
+    progress = tqdm(total=5 * len(CORRUPTIONS), desc="corruptions", unit="set", disable=not machine.is_main)
+    for name in CORRUPTIONS:
+        for severity in range(1, 6):
+            figures = evaluate_models(models, corrupted(name, severity), batch_size, workers, machine)
+            for values, figure in zip(found, figures):
+                values[name].append(figure["top1_accuracy"])
+            progress.update()
+    progress.close()
+    return found
+
+
 def accuracy(logits: torch.Tensor, labels: torch.Tensor, top: int = 1) -> float:
     """Percent of rows of logits (N, classes) whose label (N,) is among the `top` largest."""
     correct = (logits.topk(min(top, logits.shape[1]), dim=1).indices == labels.to(logits.device)[:, None]).any(1)
@@ -1590,6 +1896,13 @@ class Run:
         return results
 
 
+def weights_of_run(directory: Path) -> str | None:
+    """The --weights that a run was started with."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((directory / "args.json").read_text()).get("weights")
+    return None
+
+
 def read_results(directory: Path) -> dict:
     """The results.json of a finished run."""
     try:
@@ -1730,6 +2043,7 @@ def table(directories: list[str | Path]) -> str:
         ]
         order = ("none", "five_crop", "ten_crop", "bn_adapt", "vanilla", "surrogate", "whitebox")  # rows as in the papers
         order += ("clean", "Speckle", "Gauss_single", "Gauss_mult", "ANT", "ANT3x3")
+        order += ("random", "trivial", "autoaugment", "advaa", "replay")
         for row, values in sorted(rows.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)):
             lines.append(f"| {row} | {' | '.join(mean_and_std(list(values.get(column, {}).values())) for column in columns)} |")
         lines.append("")

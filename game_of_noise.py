@@ -22,7 +22,6 @@ clean half of a batch stays clean, and the norm after clipping is exactly ε. RE
 import argparse
 import contextlib
 import copy
-import json
 import math
 import os
 import time
@@ -37,7 +36,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
-from common import InputError, number
+from common import Data, InputError, number
 
 SCRIPT = Path(__file__).stem  # a copy of this file, changed, reports under its own name
 
@@ -457,8 +456,6 @@ def epsilon_star(model: Callable, images: torch.Tensor, labels: torch.Tensor, no
 # Data and evaluation: digits are tensors and digits-C is generated; ImageNet and ImageNet-C are folders
 # ---------------------------------------------------------------------------------------------------------------------
 
-Data = tuple[torch.Tensor, torch.Tensor] | common.Folder  # uint8 images (N, 3, H, W) and labels (N,), or pictures on disk
-
 
 class Sets(NamedTuple):
     """What a run needs. `corrupted(name, severity)` makes or reads one corrupted test set."""
@@ -521,27 +518,6 @@ def load_imagenet_sets(clean: Path, corruptions: Path, stylised: Path | None, ev
     )
 
 
-def evaluate(models: list[nn.Module], data: Data, batch_size: int, workers: int, machine: common.Machine) -> list[dict[str, float]]:
-    """Top-1 and top-5 accuracy (%) and loss of each model on tensors or pictures."""
-    if isinstance(data, common.Folder):
-        return common.evaluate_folder(models, data, batch_size, workers, machine)
-    return [common.evaluate(model, *data, machine) for model in models]
-
-
-def evaluate_corruptions(models: list[nn.Module], sets: Sets, batch_size: int, workers: int, machine: common.Machine) -> list[dict[str, list[float]]]:
-    """For each model {corruption: [accuracy (%) at severity 1, …, 5]}; every set is made, or read, once."""
-    accuracy = [{name: [] for name in common.CORRUPTIONS} for _ in models]
-    progress = tqdm(total=5 * len(common.CORRUPTIONS), desc="corruptions", unit="set", disable=not machine.is_main)
-    for name in common.CORRUPTIONS:
-        for severity in range(1, 6):
-            found = evaluate(models, sets.corrupted(name, severity), batch_size, workers, machine)
-            for values, figures in zip(accuracy, found):
-                values[name].append(figures["top1_accuracy"])
-            progress.update()
-    progress.close()
-    return accuracy
-
-
 def mean_accuracies(severities: dict[str, list[float]]) -> dict[str, float]:
     """Accuracy per corruption, mean over severities; then `mean`, and `mean_without_noises`, which leaves out the first three."""
     means = {name: sum(values) / len(values) for name, values in severities.items()}
@@ -566,21 +542,11 @@ def mean_corruption_error(accuracy: dict[str, float], reference_errors: dict[str
 EPSILON_STAR_IMAGES = 1000  # ε* is the median over so many test images at most
 
 
-def gather_images(data: Data, most: int, workers: int, machine: common.Machine) -> tuple[torch.Tensor, torch.Tensor]:
-    """At most `most` images and labels of a set, evenly spaced through it, on the device of every rank alike: uint8 (n, 3, H, W), (n,)."""
-    if isinstance(data, common.Folder):
-        data = data.keep(most)
-        images, labels = zip(*data.all_batches(128, workers, machine._replace(rank=0, world_size=1)))
-        return torch.cat(images), torch.cat(labels)
-    chosen = common.evenly_spaced(most, len(data[1]))
-    return data[0][chosen.to(data[0].device)].to(machine.device), data[1][chosen.to(data[1].device)].to(machine.device)
-
-
 def median_epsilon_star(
     classifier: nn.Module, noise_generator: NoiseGenerator, data: Data, workers: int, generator: torch.Generator, machine: common.Machine
 ) -> float:
     """ε*: the median over test images of `epsilon_star` along a generator's noise."""
-    images, labels = gather_images(data, EPSILON_STAR_IMAGES, workers, machine)
+    images, labels = common.gather_images(data, EPSILON_STAR_IMAGES, workers, machine)
     z = draw_z(len(labels), images, noise_generator.border, generator)
     images, labels, z = (machine.own_rows(part) for part in (images, labels, z))
 
@@ -736,17 +702,6 @@ def method_name(mode: str, ng_type: str) -> str:
     return mode.replace("ANT", "ANT3x3") if ng_type == "3x3" else mode
 
 
-def count_images(data: Data | None) -> int:
-    return 0 if data is None else len(data) if isinstance(data, common.Folder) else len(data[1])
-
-
-def weights_of_run(directory: Path) -> str | None:
-    """The --weights that a run was started with."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((directory / "args.json").read_text()).get("weights")
-    return None
-
-
 def find_weights(dataset: str, model: str, name: str, dry_run: bool, machine: common.Machine) -> Path | None:
     """The file of the model that --model-name names (None for `clean`, which is what training starts from, and in a dry run that lacks it)."""
     if name == "clean":
@@ -773,7 +728,7 @@ def main() -> None:
     machine = common.start_machine(args.device, args.amp, args.seed)
     ant = args.mode.startswith("ANT")
     checkpoint = Path(args.run_dir or "") / "checkpoint.pt"
-    named = args.model_name or args.weights != weights_of_run(checkpoint.parent)  # to evaluate something else
+    named = args.model_name or args.weights != common.weights_of_run(checkpoint.parent)  # to evaluate something else
     use_run = args.run_dir and checkpoint.is_file() and (args.resume or (args.evaluate and not named))
     in_place = bool(use_run and args.evaluate)  # the run's own directory is evaluated again
     if args.evaluate and args.run_dir and not (in_place or args.model_name or args.weights):
@@ -797,15 +752,15 @@ def main() -> None:
         directories = [Path(given or root / name) for given, name in ((args.datadir_clean, "imagenet"), (args.imagenetc_path, "imagenet-c"))]
         stylised = Path(args.datadir_sin or root / "sin") if "SIN" in args.mode and not args.evaluate else None
         sets = load_imagenet_sets(*directories, stylised, args.evaluate, args.dry_run)
-    n_train, n_test = count_images(sets.train), count_images(sets.test)
+    n_train, n_test = common.count_images(sets.train), common.count_images(sets.test)
     if args.dry_run:
         args.batch_size, args.epochs, args.fresh_iterations, args.star_iterations = min(args.batch_size, 10), min(args.epochs, 2), 2, 2
     args.batch_size = min(args.batch_size, n_train or n_test)  # a small set of one's own: the whole of it is a batch
     if args.batch_size < machine.world_size:
         raise InputError(f"a batch of {args.batch_size} is smaller than the {machine.world_size} processes: raise --batch-size")
     sin_size = max(math.ceil(SIN_IMAGES * args.batch_size / 70), machine.world_size) if sets.stylised else 0
-    if count_images(sets.stylised) < sin_size:
-        raise InputError(f"{count_images(sets.stylised)} stylised images are fewer than the {sin_size} that a batch takes: see --datadir-sin")
+    if common.count_images(sets.stylised) < sin_size:
+        raise InputError(f"{common.count_images(sets.stylised)} stylised images are fewer than the {sin_size} that a batch takes: see --datadir-sin")
     workers = 0 if args.dry_run else min(args.workers, (os.cpu_count() or 1) // machine.world_size)
     steps_per_epoch = (1 if args.dry_run else n_train // args.batch_size) if n_train else 0
     directory = Path(args.run_dir) if in_place else common.run_directory(SCRIPT, vars(args), method, machine)
@@ -967,7 +922,7 @@ def main() -> None:
             memory.append({key: value.detach().clone() for key, value in current.state_dict().items()})
         figures = epoch_figures(common.finite_totals(machine.all_sum(totals), step, lr, directory))
         if sets.val is not None:
-            figures["val_accuracy"] = evaluate([classifier], sets.val, args.test_batch_size, workers, machine)[0]["top1_accuracy"]
+            figures["val_accuracy"] = common.evaluate_models([classifier], sets.val, args.test_batch_size, workers, machine)[0]["top1_accuracy"]
         history.append({"epoch": epoch} | figures | robust)
         run.log(step, **history[-1])
         generator_state = generator.get_state()
@@ -980,8 +935,8 @@ def main() -> None:
     generator = torch.Generator(machine.device).manual_seed(args.seed)  # evaluation does not depend on what training drew
     trained = final is not None or epoch > 0
     models = [classifier, before] if has_before and trained else [classifier]
-    clean = evaluate(models, sets.test, args.test_batch_size, workers, machine)
-    severities = evaluate_corruptions(models, sets, args.test_batch_size, workers, machine)
+    clean = common.evaluate_models(models, sets.test, args.test_batch_size, workers, machine)
+    severities = common.evaluate_corruptions(models, sets.corrupted, args.test_batch_size, workers, machine)
     corruptions = [mean_accuracies(values) for values in severities]
     against_alexnet = args.dataset == "imagenet"
     reference_errors = ALEXNET_ERRORS if against_alexnet else {key: 100 - corruptions[-1][key] for key in common.CORRUPTIONS}
@@ -1029,7 +984,7 @@ def main() -> None:
             results |= {key: earlier[key] for key in kept if key in earlier}
     if machine.is_main:
         title = f"{method} on {args.dataset}, {args.model}, seed {args.seed}"
-        shown, shown_labels = gather_images(sets.test, 8, 0, machine)
+        shown, shown_labels = common.gather_images(sets.test, 8, 0, machine)
         earlier = {}
         for number in sorted({0, len(memory) // 2, len(memory) - 1} if memory else ()):
             earlier[f"epoch {number + 1}"] = NoiseGenerator(args.ng_type).to(machine.device)
