@@ -849,8 +849,8 @@ def draw_policies(file: Path, records: list[dict], title: str) -> None:
     left, right = figure.subplots(1, 2)
     extent = (0.5, len(records) + 0.5, len(OPS) - 0.5, -0.5)
     panels = (
-        (left, 100 * counts / counts.sum(0), "share of an epoch's choices (%)", None, "magma"),
-        (right, strengths / counts, "mean magnitude (white: did not occur)", MAGNITUDES - 1, "viridis"),
+        (left, (100 * counts / counts.sum(0)).numpy(), "share of an epoch's choices (%)", None, "magma"),
+        (right, (strengths / counts).numpy(), "mean magnitude (white: did not occur)", MAGNITUDES - 1, "viridis"),
     )
     for axis, values, label, most, colours in panels:
         image = axis.imshow(values, aspect="auto", extent=extent, vmin=0, vmax=most, cmap=colours, interpolation="nearest")
@@ -901,7 +901,7 @@ def draw_views(file: Path, images: torch.Tensor, views: dict[str, torch.Tensor],
     height, width = images.shape[-2:]
     for axis, (label, part) in zip(axes, ({"original": images[None]} | views).items()):
         tiles = F.pad(part, (1, 1, 1, 1), value=255).permute(1, 3, 0, 4, 2)  # (b, H + 2, M, W + 2, 3)
-        axis.imshow(tiles.reshape(len(images) * (height + 2), len(part) * (width + 2), 3).cpu(), interpolation="nearest")
+        axis.imshow(tiles.reshape(len(images) * (height + 2), len(part) * (width + 2), 3).cpu().numpy(), interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.set_title(label, fontsize=11)
         axis.axis("off")
@@ -1093,8 +1093,9 @@ def main() -> None:
         if args.policy == "advaa":
             # The controller is rewarded with the loss that its policies caused.
             losses = torch.tensor(figures["losses"])
-            rewards = normalised_rewards(losses)
-            if args.reward == "moving":
+            if args.reward == "normalised":
+                rewards = normalised_rewards(losses)
+            else:
                 rewards = losses - moving_average([sum(entry["losses"]) / args.M for entry in history], losses)
             _, log_probabilities, entropies_now = controller(policies)
             objective = reinforce_loss(log_probabilities, rewards, entropies_now, args.entropy_penalty)

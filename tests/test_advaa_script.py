@@ -188,7 +188,7 @@ def test_each_policy(flags, tmp_path):
 
 def test_baselines_train_on_as_many_views(tmp_path):
     for policy in ("none", "trivial"):
-        run_here(*SMALL[2:], "--epochs", 1, "--policy", policy, "--run-dir", tmp_path / policy)
+        run_here(*SMALL, "--epochs", 1, "--policy", policy, "--run-dir", tmp_path / policy)
         assert state_of(tmp_path / policy)["step"] == 3 and len(state_of(tmp_path / policy)["history"][0]["losses"]) == 3
     losses = state_of(tmp_path / "none")["history"][0]["losses"]
     assert max(losses) == pytest.approx(min(losses), rel=1e-5)  # without a policy, and without crops on digits, all views are the image
@@ -238,7 +238,7 @@ def test_several_processes_play_the_same_game(tmp_path):
         for key, value in one["controller"].items():
             torch.testing.assert_close(torch.tensor(ranks[0]["controller"][key]), torch.tensor(value), rtol=0, atol=1e-5)
         for key, value in state_of(tmp_path / "1")["state_dict"].items():
-            torch.testing.assert_close(state_of(directory)["state_dict"][key], value, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(state_of(directory)["state_dict"][key], value, rtol=1e-3, atol=5e-5)
         assert results_of(directory)["top1_error"] == results_of(tmp_path / "1")["top1_error"]
         assert json.loads((directory / "args.json").read_text())["world_size"] == processes
 

@@ -84,13 +84,14 @@ def test_nothing_to_evaluate(refuses, tmp_path):
     refuses("--evaluate", "--weights", tmp_path / "w.pt", names=("w.pt does not fit", "missing", "conv1.weight"))
 
 
-def test_run_directories(refuses_here, tmp_path, monkeypatch):
+def test_run_directories(refuses_here, tmp_path, monkeypatch, capfd):
     def refuse(*flags, names=()):
         return refuses_here(advaa.main, "advaa.py", *flags, "--run-dir", tmp_path / "run", names=names)
 
     monkeypatch.setattr(sys, "argv", ["advaa.py", "--dry-run", "--M", "2", "--run-dir", str(tmp_path / "run")])
     monkeypatch.chdir(ROOT)
     advaa.main()
+    capfd.readouterr()
     refuse(names=(tmp_path / "run", "not empty", "--resume"))
     refuse("--resume", "--policy", "random", names=("checkpoint.pt", "--policy random", "another --run-dir"))
     refuse("--evaluate", "--dry-run", names=("--dry-run would overwrite",))
