@@ -486,11 +486,16 @@ def sample_views(ops: torch.Tensor, values: torch.Tensor, crop: int, flip: bool,
     """Draw what a policy leaves open: places, partners, pad-crop by up to `crop` px, flips, for images of side `size`."""
     views, count = ops.shape[:2]
     centres = torch.rand(views, count, 2, 2, generator=generator)
-    partners = torch.randint(count, (views, count, 2), generator=generator)
+    partners = other_images(torch.randint(max(count - 1, 1), (views, count, 2), generator=generator), count)
     offsets = torch.randint(-crop, crop + 1, (views, count, 2), generator=generator)
     flips = (torch.rand(views, count, generator=generator) < 0.5) & flip
     holes = torch.randint(size, (views, count, 2), generator=generator)
     return Views(ops, values, centres, partners, offsets, flips, holes)
+
+
+def other_images(draws: torch.Tensor, count: int) -> torch.Tensor:
+    """Draws (M, count, 2) of any size as numbers of other images of the batch than each image's own (of a batch of one: itself)."""
+    return (torch.arange(count)[:, None] + 1 + draws % max(count - 1, 1)) % count
 
 
 def sample_policy_ops(policies: torch.Tensor, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -505,17 +510,20 @@ def sample_policy_ops(policies: torch.Tensor, count: int, generator: torch.Gener
 
 
 @functools.cache
-def trivial_space() -> tuple[torch.Tensor, torch.Tensor]:
-    """torchvision's search space of TrivialAugment (wide): numbers of the ops (n,), and their values by strength and sign (n, 31, 2)."""
+def trivial_space(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """torchvision's search space of TrivialAugment (wide): numbers of the ops (n,), and their values by strength and sign (n, 31, 2).
+
+    It moves images by up to 32 px whatever their side, `size` px.
+    """
     from torchvision.transforms import TrivialAugmentWide
 
     space = TrivialAugmentWide()._augmentation_space(31)
-    return torch.tensor([op_number(name) for name in space]), torch.stack([signed_values(name, *entry, 31) for name, entry in space.items()])
+    return torch.tensor([op_number(name) for name in space]), torch.stack([signed_values(name, *entry, 31, size) for name, entry in space.items()])
 
 
-def sample_trivial_ops(M: int, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_trivial_ops(M: int, count: int, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """TrivialAugment (wide): one op per view, of any strength. Returns ops and values (M, count, 2)."""
-    numbers, table = trivial_space()
+    numbers, table = trivial_space(size)
     drawn = torch.randint(len(numbers), (M, count), generator=generator)
     strength, sign = torch.randint(31, (M, count), generator=generator), torch.randint(2, (M, count), generator=generator)
     ops, values = torch.full((M, count, 2), IDENTITY), torch.zeros(M, count, 2)
@@ -536,7 +544,7 @@ def autoaugment_space(dataset: str) -> tuple[torch.Tensor, torch.Tensor, torch.T
     pairs = [pair for sub_policy in policy.policies for pair in sub_policy]
     ops = torch.tensor([op_number(name) for name, _, _ in pairs])
     probabilities = torch.tensor([probability for _, probability, _ in pairs])
-    values = torch.stack([signed_values(name, *space[name], 10)[strength or 0] for name, _, strength in pairs])
+    values = torch.stack([signed_values(name, *space[name], 10, 32)[strength or 0] for name, _, strength in pairs])
     return ops.view(-1, 2), probabilities.view(-1, 2), values.view(-1, 2, 2)
 
 
@@ -553,12 +561,12 @@ def op_number(name: str) -> int:
     return OPS.index(name) if name in OPS else IDENTITY
 
 
-def signed_values(name: str, magnitudes: torch.Tensor, signed: bool, bins: int) -> torch.Tensor:
-    """(bins, 2): torchvision's magnitudes of an op as values of ours, for the sign drawn as 0 and as 1."""
+def signed_values(name: str, magnitudes: torch.Tensor, signed: bool, bins: int, size: int) -> torch.Tensor:
+    """(bins, 2): torchvision's magnitudes of an op, for images of side `size`, as values of ours, for the sign drawn as 0 and as 1."""
     values = magnitudes.float().expand(bins)[:, None] * (torch.tensor([1.0, -1.0]) if signed else torch.ones(2))
     if name in ("Brightness", "Color", "Contrast", "Sharpness"):  # torchvision counts from the original
         return 1 + values
-    return values / 32 if name.startswith("Translate") else values  # px of a 32 px image, as a share of the side
+    return values / size if name.startswith("Translate") else values  # px as a share of the side
 
 
 def augment(pool: torch.Tensor, rows: torch.Tensor, views: Views, cutout: int) -> torch.Tensor:
@@ -929,7 +937,10 @@ def main() -> None:
         raise InputError(f"{missing}: name a run of {SCRIPT} with --run-dir, or a checkpoint of --model with --weights")
     if in_place and args.dry_run:
         raise InputError(f"--dry-run would overwrite the results of {args.run_dir}: leave it out")
-    method = args.policy if not args.evaluate or in_place else Path(args.weights).stem
+    method = args.policy
+    if args.evaluate and not in_place:
+        file = Path(args.weights)  # a run's checkpoint goes by the name of its directory
+        method = f"{file.resolve().parent.name}-{file.stem}" if file.name in ("checkpoint.pt", "best.pt") else file.stem
 
     # Data: everything is read, or its folders checked, before the first file is written.
     sets = load_sets(args.dataset, args.data_root, args.num_train, args.validation, args.eval_split, args.seed, args.dry_run)
@@ -1032,7 +1043,7 @@ def main() -> None:
         if policies is not None:
             return sample_policy_ops(policies, count, generator)
         if args.policy == "trivial":
-            return sample_trivial_ops(args.M, count, generator)
+            return sample_trivial_ops(args.M, count, sets.size, generator)
         if args.policy == "autoaugment":
             return sample_autoaugment_ops(args.dataset, args.M, count, generator)
         return torch.full((args.M, count, 2), IDENTITY), torch.zeros(args.M, count, 2)
@@ -1063,7 +1074,7 @@ def main() -> None:
             views = sample_views(ops, values, crop, flip, sets.size, generator)
             own = Views(*(machine.own_rows(part.transpose(0, 1)).transpose(0, 1) for part in views))  # each rank its images
             if len(pool) < args.batch_size:  # pictures from disk: partners are those of this rank
-                own = own._replace(partners=own.partners % len(pool))
+                own = own._replace(partners=other_images(own.partners, len(pool)))
             images = common.to_float(augment(pool, rows, own, args.cutout))  # (M·b, 3, H, W)
             with machine.autocast():
                 logits = train_classifier(machine.layout(images)).float()

@@ -1784,7 +1784,7 @@ class Parser(argparse.ArgumentParser):
             if key in skipped:
                 continue
             action = actions[key]
-            switch = isinstance(action, (argparse._StoreTrueAction, argparse.BooleanOptionalAction))
+            switch = isinstance(action, (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse.BooleanOptionalAction))
             if switch and not isinstance(value, bool):
                 self.error(f"--load-conf {file}: {key} is true or false, not {value!r}")
             if value is None and action.default is not None:

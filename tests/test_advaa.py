@@ -48,6 +48,16 @@ def test_each_view_draws_a_sub_policy_of_its_policy_and_its_own_signs():
     assert abs((values[both].sign().prod(1) > 0).float().mean() - 0.5) < 0.05
 
 
+def test_partners_are_other_images_of_the_batch():
+    blank = torch.full((8, 5, 2), IDENTITY), torch.zeros(8, 5, 2)
+    partners = torch.cat([advaa.sample_views(*blank, 0, False, 32, generator(seed)).partners for seed in range(50)])
+    counts = torch.zeros(5, 5).index_put_((torch.arange(5)[:, None].expand(partners.shape), partners), torch.tensor(1.0), accumulate=True)
+    assert (counts.diagonal() == 0).all() and (counts[~torch.eye(5, dtype=torch.bool)] / 800 - 0.25).abs().max() < 0.06
+    within = advaa.other_images(partners, 5)  # as for a rank's own part
+    assert (within != torch.arange(5)[:, None]).all() and within.max() == 4
+    assert advaa.sample_views(blank[0][:, :1], blank[1][:, :1], 0, False, 32, generator()).partners.unique().tolist() == [0]
+
+
 def test_no_operation_leaves_the_images_and_views_come_policy_by_policy():
     images = digits(6)
     blank = torch.full((3, 4, 2), IDENTITY), torch.zeros(3, 4, 2)
@@ -89,8 +99,9 @@ def test_a_part_of_a_batch_gets_the_same_views_as_in_the_whole():
         assert torch.equal(advaa.augment(images, rows, own, 8).view(8, len(rows), 3, 32, 32), whole[:, rows])
 
 
-def test_trivial_augment_is_torchvisions_search_space():
-    ops, values = advaa.sample_trivial_ops(4, 20000, generator())
+@pytest.mark.parametrize("size", [32, 224])
+def test_trivial_augment_is_torchvisions_search_space(size):
+    ops, values = advaa.sample_trivial_ops(4, 20000, size, generator())
     assert ops.shape == (4, 20000, 2) and (ops[..., 1] == IDENTITY).all()
     space = TrivialAugmentWide()._augmentation_space(31)
     counts = torch.bincount(ops[..., 0].flatten(), minlength=IDENTITY + 1) / 80000
@@ -98,7 +109,7 @@ def test_trivial_augment_is_torchvisions_search_space():
         assert abs(counts[advaa.op_number(name)] - 1 / len(space)) < 0.01, name
         drawn = values[..., 0][ops[..., 0] == advaa.op_number(name)].unique()
         magnitudes = magnitudes.float().view(-1)
-        magnitudes = magnitudes / 32 if name.startswith("Translate") else magnitudes
+        magnitudes = magnitudes / size if name.startswith("Translate") else magnitudes
         magnitudes = torch.cat([magnitudes, -magnitudes]) if signed else magnitudes
         expected = magnitudes + 1 if name in ("Brightness", "Color", "Contrast", "Sharpness") else magnitudes
         assert torch.allclose(drawn, expected.unique(), atol=1e-6), name
@@ -126,7 +137,7 @@ def test_values_taken_from_torchvision_do_what_torchvision_does(name):
 
     images = (common.example_pictures(4, 32) * 255).round().byte()
     magnitudes, signed = TrivialAugmentWide()._augmentation_space(31)[name]
-    values = advaa.signed_values(name, magnitudes, signed, 31)[20]
+    values = advaa.signed_values(name, magnitudes, signed, 31, 32)[20]
     magnitude = magnitudes.expand(31)[20].item()
     ours = advaa.apply_ops(images, torch.full((4,), OPS.index(name)), values[:1].expand(4))
     # torchvision counts shears and translations the other way round; both signs are equally likely
@@ -349,6 +360,15 @@ def test_published_settings():
     args = advaa.parse_args(["--dataset", "cifar10", "--M", "4", "--epochs", "3", "--reset-hidden", "--logdir", "logs"])
     assert (args.model, args.M, args.epochs, args.carry_hidden, args.run_dir) == ("wresnet28_10", 4, 3, False, "logs")
     assert advaa.parse_args(["--carry-hidden"]).carry_hidden is advaa.parse_args([]).carry_hidden is True
+
+
+def test_settings_of_an_earlier_run_are_taken_over(tmp_path):
+    for carry_hidden in (True, False):
+        (tmp_path / "args.json").write_text(
+            json.dumps({"dataset": "cifar10", "carry_hidden": carry_hidden, "M": 3, "validation": True, "num_train": None})
+        )
+        args = advaa.parse_args(["--load-conf", str(tmp_path / "args.json"), "--Q", "2"])
+        assert (args.dataset, args.carry_hidden, args.M, args.Q, args.validation, args.epochs) == ("cifar10", carry_hidden, 3, 2, True, 200)
 
 
 def test_learning_rates():

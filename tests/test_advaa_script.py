@@ -160,7 +160,7 @@ def test_evaluate_repeats_the_figures(run, tmp_path):
     again = results_of(tmp_path / "again")
     for key in ("top1_error", "top5_error", "shifted", "corruptions"):
         assert again[key] == results_of(run)[key]
-    assert again["method"] == "checkpoint" and not (tmp_path / "again" / "checkpoint.pt").exists()
+    assert again["method"] == "run-checkpoint" and not (tmp_path / "again" / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize(
