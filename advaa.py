@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -449,7 +450,7 @@ def crop_flip_cutout(
     """The last stage of CIFAR's augmentation: uint8 (V, 3, H, W) → a new uint8 tensor of that shape, on the same device.
 
     offsets int64 (V, 2) in px, (dx, dy): output pixel (y, x) is input pixel (y + dy, x + dx), black outside; then flips bool
-    (V,), left to right; then a grey square of cutout × cutout px (one less where that is odd) about the pixels `centres`, int64
+    (V,), left to right; then a grey square of cutout × cutout px about the pixels `centres`, int64
     (V, 2), (x, y), cut off at the borders; cutout = 0 leaves it out. offsets, flips and centres are on the CPU.
     """
     count, _, height, width = images.shape
@@ -461,7 +462,7 @@ def crop_flip_cutout(
     result[unflipped:] = result[unflipped:].flip(3)
     result = result.index_select(0, back)
     if cutout:
-        fill_boxes(result, torch.stack([centres - cutout // 2, centres + cutout // 2], dim=2).view(-1, 4))
+        fill_boxes(result, torch.stack([centres - cutout // 2, centres + (cutout + 1) // 2], dim=2).view(-1, 4))
     return result
 
 
@@ -576,7 +577,7 @@ def augment(pool: torch.Tensor, rows: torch.Tensor, views: Views, cutout: int) -
     views: drawn for these b images; cutout: side in px, 0 for none.
     """
     ops, values, centres, partners, offsets, flips, holes = (part.flatten(0, 1) for part in views)
-    images = pool[rows.to(pool.device)].repeat(len(views.ops), 1, 1, 1)
+    images = pool[rows.to(pool.device, non_blocking=True)].repeat(len(views.ops), 1, 1, 1)
     for stage in range(2):
         images = apply_ops(images, ops[:, stage], values[:, stage], centres[:, stage], pool, partners[:, stage])
     return crop_flip_cutout(images, offsets, flips, holes, cutout)
@@ -668,6 +669,11 @@ def policy_record(epoch: int, policies: torch.Tensor, losses: list[float]) -> di
     return {"epoch": epoch, "policies": named, "losses": losses}
 
 
+def policies_of(record: dict) -> torch.Tensor:
+    """The policies (M, Q, 2, 2) of a line of policies.jsonl."""
+    return torch.tensor([[[[OPS.index(op), magnitude] for op, magnitude in pair] for pair in policy] for policy in record["policies"]])
+
+
 def read_policies(file: str | Path, epochs: int, M: int, Q: int) -> torch.Tensor:
     """The policies (epochs, M, Q, 2, 2) of a policies.jsonl. InputError, naming the line, for one that is damaged, too short or of another shape."""
     try:
@@ -686,7 +692,7 @@ def read_policies(file: str | Path, epochs: int, M: int, Q: int) -> torch.Tensor
                     raise ValueError(f"unknown op {op!r}: choose from {', '.join(OPS)}")
                 if type(magnitude) is not int or not 0 <= magnitude < MAGNITUDES:
                     raise ValueError(f"magnitude {magnitude!r} of {op} is not one of 0 to {MAGNITUDES - 1}")
-            policies = torch.tensor([[[[OPS.index(op), magnitude] for op, magnitude in pair] for pair in policy] for policy in named])
+            policies = policies_of(record)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise InputError(f"--replay {file}, line {row}: {reason}") from error
@@ -709,7 +715,7 @@ PERTURBATIONS = ("gaussian_noise", "shot_noise", "motion_blur", "zoom_blur", "sn
 class Sets(NamedTuple):
     """What a run needs. `corrupted(name, severity)` makes or reads one corrupted test set; None where it is not on disk."""
 
-    train: Data
+    train: Data | None
     val: Data | None
     test: Data
     shifted: dict[str, Data]
@@ -730,12 +736,14 @@ def balanced_subset(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor
     return order[rank[order].argsort(stable=True)][:count]
 
 
-def load_sets(dataset: str, data_root: str, num_train: int | None, validation: bool, eval_split: str, seed: int, dry_run: bool) -> Sets:
+def load_sets(
+    dataset: str, data_root: str, num_train: int | None, validation: bool, eval_split: str, seed: int, evaluate: bool, dry_run: bool
+) -> Sets:
     """Everything is looked for before the first file is written. Raises InputError naming what is missing."""
     if eval_split == "val" and not validation:
         raise InputError("--eval-split val needs validation images that are not trained on: add --validation")
     if dataset == "imagenet":
-        return load_imagenet_sets(Path(data_root), num_train, validation, eval_split, seed, dry_run)
+        return load_imagenet_sets(Path(data_root), num_train, validation, eval_split, seed, evaluate, dry_run)
     train, val, test = (common.load_split(dataset, split, data_root) for split in ("train", "val", eval_split))
     if not validation and dataset != "digits":  # as published: all training images
         train, val = tuple(torch.cat(parts) for parts in zip(train, val)), None
@@ -775,34 +783,39 @@ def load_sets(dataset: str, data_root: str, num_train: int | None, validation: b
             if not perturbed.is_dir():
                 notes.append(f"{perturbed} is missing, so flips are not counted: unpack CIFAR-10-P.tar of https://zenodo.org/record/2535967")
                 perturbed = None
+        for name in PERTURBATIONS if perturbed else ():
+            read_frames(perturbed, name)
     num_classes = common.NUM_CLASSES[dataset]
     return Sets(train, val, test, shifted, corrupted, perturbed, num_classes, test[0].shape[-1], notes)
 
 
-def load_imagenet_sets(data_root: Path, num_train: int | None, validation: bool, eval_split: str, seed: int, dry_run: bool) -> Sets:
-    """ImageNet in <data_root>/imagenet (train/ and val/), ImageNet-C, where it is there, in <data_root>/imagenet-c."""
+def load_imagenet_sets(data_root: Path, num_train: int | None, validation: bool, eval_split: str, seed: int, evaluate: bool, dry_run: bool) -> Sets:
+    """ImageNet in <data_root>/imagenet (train/ and val/; to evaluate, val/ will do), ImageNet-C, where it is there, in <data_root>/imagenet-c."""
     advice = "ImageNet is had from https://image-net.org/download.php; unpack it into this folder's train/ and val/, or name another --data-root"
     folders = {split: data_root / "imagenet" / split for split in ("train", "val")}
-    classes = common.class_folders(folders["train"], advice)
-    common.check_classes(folders["val"], common.class_folders(folders["val"], advice), classes, folders["train"])
-    train, test, val = common.Folder(folders["train"], classes), common.Folder(folders["val"], classes), None
-    if validation:
-        held_out = torch.arange(len(train)) % 10 == 9
-        train, val = train.part((~held_out).nonzero()[:, 0]), train.part(held_out.nonzero()[:, 0])
-        test = val if eval_split == "val" else test
-    if num_train is not None:
-        if num_train > len(train):
-            raise InputError(f"--num-train {num_train}: imagenet has {len(train)} training images")
-        train = train.part(balanced_subset(train.labels, num_train, seed))
+    classes = common.class_folders(folders["val"], advice)
+    test = common.Folder(folders["val"], classes)
+    train = val = None
+    if not evaluate or eval_split == "val":
+        common.check_classes(folders["train"], common.class_folders(folders["train"], advice), classes, folders["val"])
+        train = common.Folder(folders["train"], classes)
+        if validation:
+            held_out = torch.arange(len(train)) % 10 == 9
+            train, val = train.part((~held_out).nonzero()[:, 0]), train.part(held_out.nonzero()[:, 0])
+            test = val if eval_split == "val" else test
+        if num_train is not None:
+            if num_train > len(train):
+                raise InputError(f"--num-train {num_train}: imagenet has {len(train)} training images")
+            train = train.part(balanced_subset(train.labels, num_train, seed))
     if dry_run:
-        train, test, val = train.keep(32), test.keep(8), val and val.keep(8)
+        train, test, val = train and train.keep(32), test.keep(8), val and val.keep(8)
     corrupted, notes, directory = None, [], data_root / "imagenet-c"
     if directory.is_dir() and eval_split == "test":
         for name in common.CORRUPTIONS:
             for severity in range(1, 6):
                 folder = directory / name / str(severity)
                 advice = "ImageNet-C is had from https://zenodo.org/record/2235448"
-                common.check_classes(folder, common.class_folders(folder, advice), classes, folders["train"])
+                common.check_classes(folder, common.class_folders(folder, advice), classes, folders["val"])
 
         def corrupted(name: str, severity: int) -> Data:
             data = common.Folder(directory / name / str(severity), classes, resize=224)  # published at 224 px already
@@ -822,15 +835,20 @@ def flip_probability(predictions: torch.Tensor, noise: bool) -> float:
     return 100 * (predictions[:, 1:] != before).double().mean().item()
 
 
+def read_frames(directory: Path, name: str) -> np.ndarray:
+    """CIFAR-10-P's sequences of one perturbation, (N, frames, 32, 32, 3) uint8, mapped rather than read."""
+    frames = common.read_array(directory / f"{name}.npy")
+    if frames.ndim != 5 or frames.shape[2:] != (32, 32, 3) or frames.shape[1] < 2 or frames.dtype != np.uint8:
+        raise InputError(f"{directory / name}.npy is {frames.dtype} {frames.shape}: expected uint8 (N, frames, 32, 32, 3)")
+    return frames
+
+
 def evaluate_flips(model: nn.Module, directory: Path, machine: common.Machine, dry_run: bool) -> dict[str, float]:
     """Flip probability (%) on each of CIFAR-10-P's sequences, and their mean."""
     model.eval()
     flips = {}
     for name in tqdm(PERTURBATIONS, desc="CIFAR-10-P", unit="set", disable=not machine.is_main):
-        frames = common.read_array(directory / f"{name}.npy")  # (N, frames, 32, 32, 3)
-        if frames.ndim != 5 or frames.shape[2:] != (32, 32, 3) or str(frames.dtype) != "uint8":
-            raise InputError(f"{directory / name}.npy is {frames.dtype} {frames.shape}: expected uint8 (N, frames, 32, 32, 3)")
-        predictions = []
+        frames, predictions = read_frames(directory, name), []
         for start in range(0, 16 if dry_run else len(frames), 500):
             part = torch.from_numpy(frames[start : start + (16 if dry_run else 500)].copy()).permute(0, 1, 4, 2, 3)
             logits = common.predict_logits(model, part.flatten(0, 1), machine)
@@ -929,7 +947,7 @@ def main() -> None:
     args = parse_args()
     machine = common.start_machine(args.device, args.amp, args.seed)
     checkpoint = Path(args.run_dir or "") / "checkpoint.pt"
-    named = args.weights is not None and args.weights != common.weights_of_run(checkpoint.parent)  # to evaluate something else
+    named = args.weights is not None and args.weights != common.argument_of_run(checkpoint.parent, "weights")  # to evaluate something else
     use_run = args.run_dir and checkpoint.is_file() and (args.resume or (args.evaluate and not named))
     in_place = bool(use_run and args.evaluate)  # the run's own directory is evaluated again
     if args.evaluate and not in_place and not args.weights:
@@ -937,17 +955,19 @@ def main() -> None:
         raise InputError(f"{missing}: name a run of {SCRIPT} with --run-dir, or a checkpoint of --model with --weights")
     if in_place and args.dry_run:
         raise InputError(f"--dry-run would overwrite the results of {args.run_dir}: leave it out")
+    if in_place and args.eval_split != common.argument_of_run(checkpoint.parent, "eval_split"):
+        raise InputError(f"--eval-split {args.eval_split} would overwrite the results of {args.run_dir}: evaluate --weights {checkpoint} instead")
     method = args.policy
     if args.evaluate and not in_place:
         file = Path(args.weights)  # a run's checkpoint goes by the name of its directory
         method = f"{file.resolve().parent.name}-{file.stem}" if file.name in ("checkpoint.pt", "best.pt") else file.stem
 
     # Data: everything is read, or its folders checked, before the first file is written.
-    sets = load_sets(args.dataset, args.data_root, args.num_train, args.validation, args.eval_split, args.seed, args.dry_run)
+    sets = load_sets(args.dataset, args.data_root, args.num_train, args.validation, args.eval_split, args.seed, args.evaluate, args.dry_run)
     n_train, n_test = common.count_images(sets.train), common.count_images(sets.test)
     if args.dry_run:
         args.batch_size, args.epochs = min(args.batch_size, 16), 2
-    args.batch_size = min(args.batch_size, n_train)  # a small set of one's own: the whole of it is a batch
+    args.batch_size = min(args.batch_size, n_train or n_test)  # a small set of one's own: the whole of it is a batch
     if args.batch_size < machine.world_size:
         raise InputError(f"a batch of {args.batch_size} is smaller than the {machine.world_size} processes: raise --batch-size")
     steps_per_epoch = 1 if args.dry_run else n_train // args.batch_size
@@ -956,8 +976,13 @@ def main() -> None:
     replayed = read_policies(args.replay, args.epochs, args.M, args.Q) if args.policy == "replay" and not args.evaluate else None
     directory = Path(args.run_dir) if in_place else common.run_directory(SCRIPT, vars(args), method, machine)
     saved = common.load_tensors(checkpoint, "remove the directory to start afresh") if use_run else None
-    if saved is not None and (not isinstance(saved, dict) or saved.get("script") != "advaa" or saved["method"] != method):
-        raise InputError(f"{checkpoint} holds no run of {SCRIPT} with --policy {method}: choose another --run-dir, or evaluate it with --weights")
+    # What a run cannot change when it is continued: the meaning of its history, its place in the schedule, its images.
+    fixed = {key: getattr(args, key) for key in ("dataset", "model", "policy", "seed", "M", "Q", "batch_size", "epochs", "num_train", "eval_split")}
+    if saved is not None and (not isinstance(saved, dict) or saved.get("script") != "advaa"):
+        raise InputError(f"{checkpoint} holds no run of {SCRIPT}: choose another --run-dir, or evaluate it with --weights")
+    changed = [f"--{key.replace('_', '-')} was {saved['fixed'][key]}" for key in fixed if saved["fixed"][key] != fixed[key]] if saved else []
+    if changed:
+        raise InputError(f"{checkpoint} is of a run with other settings ({', '.join(changed)}): leave them as they were, or choose another --run-dir")
 
     # Models.
     classifier = common.build_model(args.model, sets.num_classes, args.dataset)
@@ -1000,7 +1025,7 @@ def main() -> None:
             generator.set_state(saved["generator"])
             policy_generator.set_state(saved["policy_generator"])
             if machine.is_main:  # whose state it is; the other ranks' draws go on from their seeds
-                torch.set_rng_state(saved["torch_random"])
+                common.restore_random_state(saved["random_state"], machine)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{checkpoint} does not continue here: {error}; use the settings that it was begun with") from error
     arguments = vars(args) | {"run_dir": str(directory)}
@@ -1017,27 +1042,35 @@ def main() -> None:
             print(f"{directory} holds no checkpoint: starting afresh")
 
     def checkpoint_state(finished: bool) -> dict:
-        state = {"script": "advaa", "method": method, "finished": finished, "step": step, "epoch": epoch, "history": history, "records": records}
-        state |= {"state_dict": classifier.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "best": best}
+        state = {"script": "advaa", "method": method, "finished": finished, "step": step, "epoch": epoch, "records": records}
+        state |= {
+            "fixed": fixed,
+            "history": history,
+            "state_dict": classifier.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "best": best,
+        }
         state |= {"controller": controller.state_dict(), "controller_optimizer": controller_optimizer.state_dict()}
-        return state | {"generator": generator_state, "policy_generator": policy_generator.get_state(), "torch_random": torch_random}
+        return state | {"generator": generator_state, "policy_generator": policy_generator.get_state(), "random_state": random_state}
 
     # Training.
     if args.compile:
         classifier.compile()  # in place: the keys of its state dict stay
     train_classifier = common.distribute(classifier, machine)
-    generator_state, torch_random = generator.get_state(), torch.get_rng_state()  # at the end of the last epoch
+    generator_state, random_state = generator.get_state(), common.random_state(machine)  # at the end of the last epoch
     crop, flip = CROP_AND_FLIP[args.dataset]
-    train_images, train_labels = (None, None) if isinstance(sets.train, common.Folder) else (part.to(machine.device) for part in sets.train)
+    in_memory = isinstance(sets.train, tuple)
+    train_images, train_labels = (part.to(machine.device) for part in sets.train) if in_memory else (None, None)
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """One shuffled epoch: a pool of uint8 images, which of them are this rank's, and their labels."""
-        if isinstance(sets.train, common.Folder):
-            for images, labels in sets.train.random_batches(args.batch_size, generator, workers, machine):
-                yield images, torch.arange(len(images)), labels
-        else:
+        if in_memory:
             for index in common.epoch_batches(n_train, args.batch_size, generator).to(machine.device):
                 yield train_images[index], machine.own_rows(torch.arange(args.batch_size)), machine.own_rows(train_labels[index])
+        else:
+            for images, labels in sets.train.random_batches(args.batch_size, generator, workers, machine):
+                yield images, torch.arange(len(images)), labels
 
     def sample_ops(policies: torch.Tensor | None, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         if policies is not None:
@@ -1120,7 +1153,7 @@ def main() -> None:
             figures["val_error"] = 100 - common.evaluate_models([classifier], sets.val, args.test_batch_size, workers, machine)[0]["top1_accuracy"]
         history.append({"epoch": epoch} | figures)
         run.log(step, **history[-1])
-        generator_state, torch_random = generator.get_state(), torch.get_rng_state()
+        generator_state, random_state = generator.get_state(), common.random_state(machine)
         if machine.is_main:
             if figures.get("val_error", math.inf) < best["val_error"]:
                 best = {"epoch": epoch, "val_error": figures["val_error"]}
@@ -1153,7 +1186,7 @@ def main() -> None:
         "seed": args.seed,
         "n_train": n_train,
         "n_eval": n_test,
-        "protocol": protocol_line(args.dataset, args.eval_split, sets, args.epochs if in_place or not args.evaluate else 0, args.M),
+        "protocol": protocol_line(args.dataset, args.eval_split, sets, epoch, args.epochs, args.M),
         "top1_error": 100 - clean["top1_accuracy"],
         "top5_error": 100 - clean["top5_accuracy"],
         "shifted": shifted,
@@ -1174,16 +1207,22 @@ def main() -> None:
         title = f"{method} on {args.dataset}, {args.model}, seed {args.seed}"
         if history:
             draw_curves(directory / "curves.png", history, title)
+        if history and sets.train is not None:
             shown = common.gather_images(sets.train, 6, 0, machine)[0]
-            epochs_shown = {f"epoch {number}": number for number in (1, len(history))}
-            grids = {label: example_views(shown, records, number, sample_ops, crop, flip, args.cutout) for label, number in epochs_shown.items()}
+            numbered = {f"epoch {record['epoch']}": policies_of(record) for record in (records[0], records[-1])} if records else {"every epoch": None}
+            grids = {}
+            for label, policies in numbered.items():
+                draws = torch.Generator().manual_seed(0)
+                ops, values = sample_ops(policies, len(shown), draws)
+                views = sample_views(ops[:8], values[:8], crop, flip, sets.size, draws)
+                grids[label] = augment(shown, torch.arange(len(shown)), views, args.cutout).view(-1, *shown.shape)
             draw_views(directory / "views.png", shown, grids, title)
         if records:
             draw_policies(directory / "policies.png", records, title)
-        if not args.evaluate:
-            common.save_atomically(checkpoint_state(True), directory / "checkpoint.pt")
     run.log(step, test_error=results["top1_error"], **({"test_corruptions": corruptions["mean"]} if corruptions else {}))
     results = run.finish(results)
+    if machine.is_main and not args.evaluate:
+        common.save_atomically(checkpoint_state(True), directory / "checkpoint.pt")
     if machine.is_main:
         print_results(results, directory)
 
@@ -1210,26 +1249,14 @@ def epoch_figures(totals: list[float]) -> dict:
     return {"loss": sum(losses) / count, "accuracy": 100 * right / count, "losses": [loss / per_policy for loss in losses]}
 
 
-def example_views(images: torch.Tensor, records: list[dict], epoch: int, sample_ops: Callable, crop: int, flip: bool, cutout: int) -> torch.Tensor:
-    """Views of images uint8 (b, 3, H, W) by an epoch's policies, at most 8: uint8 (M, b, 3, H, W)."""
-    generator = torch.Generator().manual_seed(0)
-    policies = None
-    if records:
-        named = records[epoch - 1]["policies"]
-        policies = torch.tensor([[[[OPS.index(op), magnitude] for op, magnitude in pair] for pair in policy] for policy in named])
-    ops, values = sample_ops(policies, len(images), generator)
-    views = sample_views(ops[:8], values[:8], crop, flip, images.shape[-1], generator)
-    return augment(images, torch.arange(len(images)), views, cutout).view(-1, *images.shape)
-
-
 def write_lines(file: Path, records: list[dict]) -> None:
     beside = file.with_name(f".{file.name}")
     beside.write_text("".join(json.dumps(record) + "\n" for record in records))
     os.replace(beside, file)
 
 
-def protocol_line(dataset: str, split: str, sets: Sets, epochs: int, M: int) -> str:
-    """One line that says how the figures were measured; epochs is 0 for a checkpoint of which nothing more is known."""
+def protocol_line(dataset: str, split: str, sets: Sets, epoch: int, epochs: int, M: int) -> str:
+    """One line that says how the figures were measured; epoch is 0 for a checkpoint of which nothing more is known."""
     parts = [f"{dataset} {split} ({common.count_images(sets.test)} images)"]
     if "modified" in sets.shifted:
         parts.append(f"modified digits made from them ({common.count_images(sets.shifted['modified'])} images)")
@@ -1238,9 +1265,10 @@ def protocol_line(dataset: str, split: str, sets: Sets, epochs: int, M: int) -> 
         parts.append(f"{'digits' if dataset == 'digits' else dataset.replace('cifar', 'CIFAR-')}-C {made}, 15 corruptions x severities 1-5")
     statistics = "ImageNet's mean and std" if dataset == "imagenet" else "0.5/0.5"
     line = f"{', '.join(parts)}; top-1 error (%), mean over severities; inputs normalised by {statistics}"
-    if not epochs:
+    if not epoch:
         return line
-    return f"{line}; {common.count_images(sets.train)} training images, {epochs} epochs of {M} views of each; the last epoch is reported"
+    trained = f"epoch {epoch} of" if epoch < epochs else "the last of"
+    return f"{line}; {common.count_images(sets.train)} training images, {M} views of each per epoch; {trained} {epochs} epochs is reported"
 
 
 def print_results(results: dict, directory: Path) -> None:

@@ -1,14 +1,14 @@
 """What the scripts of CleanAug share. Read it in this order:
 
     constants     data sets, corruptions, paths, InputError
-    data          load_split, digits, modified digits, batches, affine_warp, mild_augmentation
-    folders       Folder: class folders of pictures such as ImageNet's, check_classes, image_batches
+    data          load_split, digits, modified digits, CIFAR and CIFAR-C, batches, affine_warp, mild_augmentation
+    folders       Folder: class folders of pictures such as ImageNet's, check_classes, image_batches, gather_images
     corruptions   CORRUPTIONS, corrupt, contact_sheet
     models        ResNeXt-29, Wide ResNet, Shake-Shake, PyramidNet with ShakeDrop, ResNet-50-D and -200, build_model,
                   load_weights, digits' and ImageNet's weights, download
     machine       device, mixed precision, processes, seeds
     checkpoints   atomic files
-    evaluation    predict_logits, evaluate, evaluate_folder
+    evaluation    predict_logits, evaluate, evaluate_folder, evaluate_models, evaluate_corruptions
     results       command line, run directory, logs, results.json, the table over seeds
 
 Nothing happens on import. As a program it prints a Markdown table of mean ± std over seeds, trains a classifier for
@@ -1253,7 +1253,6 @@ MODELS = {
     "shake26_2x96d": lambda num_classes: ShakeShake(num_classes, width=96),
     "shake26_2x112d": lambda num_classes: ShakeShake(num_classes, width=112),
     "pyramid272": lambda num_classes: PyramidNet(num_classes),
-    "pyramidnet272": lambda num_classes: PyramidNet(num_classes),
     "resnet50": lambda num_classes: bottleneck_resnet(num_classes, (3, 4, 6, 3)),
     "resnet50d": lambda num_classes: bottleneck_resnet(num_classes, (3, 4, 6, 3), deep_stem=True),
     "resnet200": lambda num_classes: bottleneck_resnet(num_classes, (3, 24, 36, 3)),
@@ -1268,7 +1267,6 @@ DIGITS_MODELS = {
     "shake26_2x96d": lambda num_classes: ShakeShake(num_classes, width=8, depth=14),
     "shake26_2x112d": lambda num_classes: ShakeShake(num_classes, width=10, depth=14),
     "pyramid272": lambda num_classes: PyramidNet(num_classes, depth=20, widening=16, width=4, death_rate=0.1),
-    "pyramidnet272": lambda num_classes: PyramidNet(num_classes, depth=20, widening=16, width=4, death_rate=0.1),
     "resnet50": lambda num_classes: bottleneck_resnet(num_classes, (2, 2, 2, 2), width=4),
     "resnet50d": lambda num_classes: bottleneck_resnet(num_classes, (2, 2, 2, 2), deep_stem=True, width=4),
     "resnet200": lambda num_classes: bottleneck_resnet(num_classes, (2, 4, 6, 2), width=4),
@@ -1550,6 +1548,17 @@ def start_machine(device: str = "auto", amp: bool = False, seed: int = 0) -> Mac
     return Machine(chosen, rank, world_size, amp_dtype)
 
 
+def random_state(machine: Machine) -> list[torch.Tensor]:
+    """The states of torch's own generators: the CPU's and, where one is used, the GPU's."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(machine.device)] if machine.device.type == "cuda" else [])
+
+
+def restore_random_state(state: list[torch.Tensor], machine: Machine) -> None:
+    torch.set_rng_state(state[0])
+    if machine.device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], machine.device)
+
+
 def grad_scaler(machine: Machine) -> torch.amp.GradScaler:
     """Loss scaling for float16; passes everything through otherwise."""
     return torch.amp.GradScaler(machine.device.type, enabled=machine.amp_dtype == torch.float16)
@@ -1579,6 +1588,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         from torch.distributed.nn.functional import all_reduce  # differentiable
 
+        dtype, x = x.dtype, x.float()  # sums over many pixels, and the running statistics, are float32 under autocast too
         count = x.numel() / x.shape[1]
         totals = all_reduce(torch.cat([x.sum((0, 2, 3)), x.new_tensor([count])]))
         mean = totals[:-1] / totals[-1]
@@ -1589,7 +1599,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_(variance * totals[-1] / (totals[-1] - 1), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale[None, :, None, None] + self.bias[None, :, None, None]
+        return (centred * scale[None, :, None, None] + self.bias[None, :, None, None]).to(dtype)
 
 
 @contextlib.contextmanager
@@ -1741,20 +1751,20 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def parse(self, argv: list[str] | None, published: Callable[[argparse.Namespace], dict]) -> argparse.Namespace:
-        """Parse argv; a flag left out takes the --load-conf file's value (or that of the run continued), then `published(args)`'s, then its default.
+        """Parse argv; a flag left out takes the value of the run continued, then that of the --load-conf file, then `published(args)`'s, then its default.
 
         published: from what is given so far (data set and model among it) to a dict of the values published for it.
         """
         argv = sys.argv[1:] if argv is None else argv
         argv = [self.hyphenate(word) for word in argv]
         given = self.parse_args(argv)
-        configuration = given.load_conf
-        if given.run_dir and (given.resume or given.evaluate or getattr(given, "predict", None)) and not configuration:
-            earlier = Path(given.run_dir) / "args.json"  # the run that is continued or used
-            configuration = earlier if earlier.is_file() else None
-        if configuration:
+        configurations = [given.load_conf] if given.load_conf else []
+        if given.run_dir and (given.resume or given.evaluate or getattr(given, "predict", None)):
+            earlier = Path(given.run_dir) / "args.json"  # the run that is continued or used: its own settings go before those of --load-conf
+            configurations += [earlier] if earlier.is_file() else []
+        for configuration in configurations:
             self.set_defaults(**self.read_configuration(configuration))
-            given = self.parse_args(argv)
+        given = self.parse_args(argv)
         for name, value in published(given).items():
             if getattr(given, name, "") is None:
                 setattr(given, name, value)
@@ -1896,10 +1906,10 @@ class Run:
         return results
 
 
-def weights_of_run(directory: Path) -> str | None:
-    """The --weights that a run was started with."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((directory / "args.json").read_text()).get("weights")
+def argument_of_run(directory: Path, name: str) -> object:
+    """An argument that a run was started with; None where there is no such run."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads((directory / "args.json").read_text()).get(name)
     return None
 
 
@@ -2026,7 +2036,10 @@ def table(directories: list[str | Path]) -> str:
             results = read_results(Path(directory))
             for section, row, column, value in table_cells(results):
                 # A baseline is the same figure in every run of its seed and setting: one value per seed counts.
-                cells.setdefault(section, {}).setdefault(row, {}).setdefault(column, {})[results["seed"]] = value
+                values = cells.setdefault(section, {}).setdefault(row, {}).setdefault(column, {})
+                if row == results["method"] and column != "wall_seconds" and values.get(results["seed"], value) != value:
+                    raise InputError(f"{file}: {row} with seed {results['seed']} is there twice, with other settings: make a table for each")
+                values[results["seed"]] = value
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file}: no results of a finished run ({type(error).__name__}: {error})") from error
     lines = []

@@ -728,7 +728,7 @@ def main() -> None:
     machine = common.start_machine(args.device, args.amp, args.seed)
     ant = args.mode.startswith("ANT")
     checkpoint = Path(args.run_dir or "") / "checkpoint.pt"
-    named = args.model_name or args.weights != common.weights_of_run(checkpoint.parent)  # to evaluate something else
+    named = args.model_name or args.weights != common.argument_of_run(checkpoint.parent, "weights")  # to evaluate something else
     use_run = args.run_dir and checkpoint.is_file() and (args.resume or (args.evaluate and not named))
     in_place = bool(use_run and args.evaluate)  # the run's own directory is evaluated again
     if args.evaluate and args.run_dir and not (in_place or args.model_name or args.weights):
@@ -1005,12 +1005,12 @@ def main() -> None:
         draw_corruptions(directory / "corruptions.png", dict(zip((method, "before"), corruptions)), title)
         if history:
             draw_curves(directory / "curves.png", history, title)
-        if not args.evaluate:
-            common.save_atomically(checkpoint_state(True), directory / "checkpoint.pt")
     run.log(
         step, test_clean=results["clean_accuracy"], test_corruptions=results["corruptions"]["mean"], mce=results["mce"], epsilon_star=stars["1x1"]
     )
     results = run.finish(results)
+    if machine.is_main and not args.evaluate:
+        common.save_atomically(checkpoint_state(True), directory / "checkpoint.pt")
     if machine.is_main:
         report = print_results(results, directory)
         if args.evaluate:

@@ -887,10 +887,10 @@ def main() -> None:
             draw_curves(directory / "curves.png", history, val_none, f"GrETTA ({args.est}) on {args.dataset}, {args.model}, seed {args.seed}")
         if args.predict:
             predict_folder(files, pictures, directory, classifier, policy, args.transform, args.steps, machine)
-        if not use_policy:
-            common.save_atomically(state | {"finished": True}, directory / "checkpoint.pt")
     run.log(step, **{f"test_{name}": value for name, value in accuracy.items()})
     results = run.finish(results)
+    if machine.is_main and not use_policy:
+        common.save_atomically(state | {"finished": True}, directory / "checkpoint.pt")
     if machine.is_main:
         print_results(results, directory)
 

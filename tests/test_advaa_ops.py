@@ -255,8 +255,8 @@ def test_identity_and_empty():
         assert apply_op(images[:0], name, 3).shape == (0, 3, 32, 32)
 
 
-def test_nothing_waits_for_the_device():
-    """The meta device holds no data: reading a number off it, or mixing it with the CPU, would raise."""
+def test_no_number_is_read_off_the_device():
+    """The meta device holds no data: reading a number off it, or mixing it with the CPU, would raise. (Blocking copies to it are not seen.)"""
     generator = torch.Generator().manual_seed(0)
     images, pool = torch.zeros(200, 3, 32, 32, dtype=torch.uint8, device="meta"), torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device="meta")
     ops, values = random_policy(200, generator, 17)
@@ -280,8 +280,8 @@ def test_crop_flip_cutout(height, width, cutout):
         expected = F.pad(images[i], (4, 4, 4, 4))[:, 4 + dy : 4 + dy + height, 4 + dx : 4 + dx + width]
         expected = (expected.flip(-1) if flips[i] else expected).clone()
         x, y = centres[i].tolist()
-        half = cutout // 2
-        expected[:, max(y - half, 0) : min(y + half, height), max(x - half, 0) : min(x + half, width)] = 128
+        before_it, after_it = cutout // 2, (cutout + 1) // 2
+        expected[:, max(y - before_it, 0) : y + after_it, max(x - before_it, 0) : x + after_it] = 128
         assert torch.equal(result[i], expected)
     assert torch.equal(images, before) and result.is_contiguous()
     still = crop_flip_cutout(images, torch.zeros(count, 2).long(), torch.zeros(count).bool())

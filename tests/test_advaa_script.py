@@ -16,7 +16,7 @@ import advaa
 import common
 
 SMALL = ("--eval-split", "val", "--num-train", "30", "--epochs", "3", "--batch-size", "10", "--M", "3", "--Q", "2", "--checkpoint-every", "1", "--log-every", "2")  # fmt: skip
-PUBLISHED_LR = ("--controller-lr", "0.05")  # large, so that policies change within three epochs
+FAST_CONTROLLER = ("--controller-lr", "0.05")  # policies change within three epochs
 TIMES = ("wall_seconds", "peak_memory_mb")
 
 
@@ -52,7 +52,7 @@ def assert_equal_weights(first: dict, second: dict) -> None:
 def run(tmp_path_factory) -> Path:
     """One small run that several tests look at."""
     directory = tmp_path_factory.mktemp("runs") / "run"
-    run_here(*SMALL, *PUBLISHED_LR, "--run-dir", directory, "--seed", 3)
+    run_here(*SMALL, *FAST_CONTROLLER, "--run-dir", directory, "--seed", 3)
     return directory
 
 
@@ -132,7 +132,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(run, tmp_path, monkey
         if content.get("epoch") == 2 and "optimizer" in content:
             raise KeyboardInterrupt
 
-    flags = (*SMALL, *PUBLISHED_LR, "--run-dir", directory, "--seed", 3, "--resume")
+    flags = (*SMALL, *FAST_CONTROLLER, "--run-dir", directory, "--seed", 3, "--resume")
     with monkeypatch.context() as patch:
         patch.setattr(common, "save_atomically", save_and_die)
         with pytest.raises(KeyboardInterrupt):
@@ -149,6 +149,39 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(run, tmp_path, monkey
     before = (directory / "checkpoint.pt").read_bytes()
     run_here(*flags)
     assert "holds a finished run" in capsys.readouterr().out and (directory / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_model_that_draws_continues_with_the_same_draws(tmp_path, monkeypatch):
+    """Shake-Shake draws in every pass: its random state is resumed too; so is a controller whose state starts anew."""
+    flags = ("--dry-run", "--M", 2, "--model", "shake26_2x32d", "--reset-hidden", "--checkpoint-every", 1, "--run-dir")
+    run_here(*flags, tmp_path / "whole")
+    save = common.save_atomically
+
+    def save_and_die(content, file):
+        save(content, file)
+        if content.get("epoch") == 1 and "optimizer" in content:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "save_atomically", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            run_here(*flags, tmp_path / "cut")
+    torch.manual_seed(99)
+    run_here("--dry-run", "--resume", "--run-dir", tmp_path / "cut")  # the rest is in its args.json
+    assert_equal_weights(state_of(tmp_path / "cut")["state_dict"], state_of(tmp_path / "whole")["state_dict"])
+    assert json.loads((tmp_path / "cut" / "args.json").read_text())["carry_hidden"] is False
+
+
+def test_transfer_and_collapse(run, tmp_path):
+    """One run's policies train another model; and a controller of which one choice is certain has collapsed, unless it is guarded."""
+    run_here(*SMALL, "--replay", run / "policies.jsonl", "--model", "resnet50", "--dry-run", "--batch-size", 10, "--run-dir", tmp_path / "transfer")
+    records, others = lines_of(tmp_path / "transfer" / "policies.jsonl"), lines_of(run / "policies.jsonl")
+    assert [record["policies"] for record in records] == [record["policies"] for record in others[:2]] and records[0]["losses"] != others[0]["losses"]
+    for flags, collapsed in (((), True), (("--collapse-guard",), False)):
+        directory = tmp_path / f"collapse{len(flags)}"
+        run_here("--dry-run", "--controller-lr", 30, "--run-dir", directory, *flags)
+        controller = results_of(directory)["controller"]
+        assert controller["collapsed"] == collapsed and (controller["entropy_last"] < advaa.COLLAPSED) == collapsed
 
 
 def test_evaluate_repeats_the_figures(run, tmp_path):
@@ -182,14 +215,21 @@ def test_each_policy(flags, tmp_path):
     has_policies = results["method"] in ("advaa", "random")
     assert (tmp_path / "run" / "policies.jsonl").exists() == (tmp_path / "run" / "policies.png").exists() == has_policies
     assert len(history) == 2 and ("entropy" in history[0]) == (results["method"] == "advaa")
-    if flags[0] == "--reset-hidden":  # by the guard's mixture nearly uniform stays nearly uniform
-        assert history[0]["entropy"] > 0.99
 
 
-def test_baselines_train_on_as_many_views(tmp_path):
-    for policy in ("none", "trivial"):
-        run_here(*SMALL, "--epochs", 1, "--policy", policy, "--run-dir", tmp_path / policy)
-        assert state_of(tmp_path / policy)["step"] == 3 and len(state_of(tmp_path / policy)["history"][0]["losses"]) == 3
+def test_every_policy_trains_on_as_many_views(tmp_path, monkeypatch):
+    seen, forward = [], common.WideResNet.forward
+
+    def count(model, images):
+        if model.training:
+            seen.append(len(images))
+        return forward(model, images)
+
+    monkeypatch.setattr(common.WideResNet, "forward", count)
+    for policy in ("none", "trivial", "autoaugment", "random", "advaa"):
+        seen.clear()
+        run_here("--dry-run", "--M", 3, "--batch-size", 10, "--policy", policy, "--run-dir", tmp_path / policy)
+        assert seen == [30, 30]  # two epochs of one step: 10 images in 3 views
     losses = state_of(tmp_path / "none")["history"][0]["losses"]
     assert max(losses) == pytest.approx(min(losses), rel=1e-5)  # without a policy, and without crops on digits, all views are the image
 
@@ -236,11 +276,22 @@ def test_several_processes_play_the_same_game(tmp_path):
         for record, other in zip(records, many, strict=True):
             assert record["policies"] == other["policies"] and other["losses"] == pytest.approx(record["losses"], rel=1e-5)
         for key, value in one["controller"].items():
-            torch.testing.assert_close(torch.tensor(ranks[0]["controller"][key]), torch.tensor(value), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                torch.tensor(ranks[0]["controller"][key]), torch.tensor(value), rtol=0, atol=1e-3
+            )  # Adam turns rounding into parts of a step, 1e-2
         for key, value in state_of(tmp_path / "1")["state_dict"].items():
             torch.testing.assert_close(state_of(directory)["state_dict"][key], value, rtol=1e-3, atol=5e-5)
         assert results_of(directory)["top1_error"] == results_of(tmp_path / "1")["top1_error"]
         assert json.loads((directory / "args.json").read_text())["world_size"] == processes
+
+
+@pytest.mark.slow
+def test_several_processes_in_mixed_precision(tmp_path):
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "advaa.py", "--dry-run", "--M", 8, "--amp")
+    run_script(*command, "--run-dir", tmp_path / "run", OMP_NUM_THREADS="1")
+    history = state_of(tmp_path / "run")["history"]
+    run_here("--dry-run", "--M", 8, "--amp", "--run-dir", tmp_path / "one")
+    assert history[0]["losses"] == pytest.approx(state_of(tmp_path / "one")["history"][0]["losses"], rel=2e-2)  # of bfloat16
 
 
 @pytest.mark.slow
@@ -250,14 +301,12 @@ def test_the_commands_of_the_source(tmp_path):
     conf.write_text(json.dumps({"dataset": "digits", "model": "wresnet28_10", "batch_size": 10, "epochs": 1, "num_train": 20, "eval_split": "val"}))
     logs = tmp_path / "logs"
     launch = ("-m", "torch.distributed.launch", "--nproc_per_node", 1)
-    flags = ("--load_conf", conf, "--logdir", logs, "--M", 8, "--seed", 0, "--amp")
+    flags = ("--load_conf", conf, "--logdir", logs, "--M", 4, "--seed", 0, "--amp")
     run_script(*launch, "advaa.py", *flags, OMP_NUM_THREADS="1")
     first = results_of(logs)
-    assert first["n_train"] == 20 and json.loads((logs / "args.json").read_text())["M"] == 8
-    run_script("advaa.py", "--evaluate", "--load_conf", conf, "--logdir", logs, "--seed", 0)
-    again = results_of(logs)
-    assert again["n_eval"] == 197 and abs(again["top1_error"] - first["top1_error"]) < 3  # bfloat16 then, float32 now
-    assert (logs / "args.json").read_text().count('"M": 8') == 1
+    assert first["n_train"] == 20 and "4 views of each" in first["protocol"] and json.loads((logs / "args.json").read_text())["M"] == 4
+    run_script("advaa.py", "--evaluate", "--load_conf", conf, "--logdir", logs, "--seed", 0, OMP_NUM_THREADS="1")
+    assert without_times(results_of(logs)) == without_times(first)  # the run's own --M 4 goes before the configuration
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,7 +315,7 @@ def test_the_commands_of_the_source(tmp_path):
 
 
 def make_cifar10(root: Path) -> None:
-    """60 training and 20 test images in the archive's own format, CIFAR-10-C with 4 images a severity, CIFAR-10-P with 3 sequences of 5 frames."""
+    """200 training and 20 test images in the archive's own format, CIFAR-10-C with 4 images a severity, CIFAR-10-P with 3 sequences of 5 frames."""
     generator = np.random.default_rng(0)
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
@@ -323,8 +372,34 @@ def test_cifar10_with_its_corrupted_and_perturbed_sets(tmp_path, monkeypatch):
     run_here(*flags, "--dry-run", "--validation", "--run-dir", tmp_path / "alone")
     results = results_of(tmp_path / "alone")
     assert results["corruptions"] == {} and "flip_probability" not in results and "best_on_validation" in results
-    notes = advaa.load_sets("cifar10", tmp_path / "data", None, False, "test", 0, False).notes
+    sets = advaa.load_sets("cifar10", tmp_path / "data", None, True, "test", 0, False, False)
+    images = torch.cat([sets.train[0], sets.val[0]]).flatten(1)
+    assert (len(sets.train[1]), len(sets.val[1])) == (180, 20) and len(images.unique(dim=0)) == 200  # no image is in both
+    sets = advaa.load_sets("cifar10", tmp_path / "data", None, False, "test", 0, False, False)
+    assert len(sets.train[1]) == 200 and sets.val is None
+    notes = sets.notes
     assert len(notes) == 2 and "CIFAR-10-C" in notes[0] and "https://zenodo.org/record/2535967" in notes[0]
+
+
+def test_cifar100(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR100
+
+    folder, generator = tmp_path / "cifar-100-python", np.random.default_rng(0)
+    folder.mkdir()
+    for name, count in (("train", 1000), ("test", 100)):
+        content = {"data": generator.integers(0, 256, (count, 3072), dtype=np.uint8), "fine_labels": [i % 100 for i in range(count)]}
+        (folder / name).write_bytes(pickle.dumps(content))
+        monkeypatch.setattr(CIFAR100, f"{name}_list", [[name, None]])
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": None})
+    train, val = (common.load_split("cifar100", split, tmp_path) for split in ("train", "val"))
+    assert (len(train[1]), len(val[1])) == (900, 100) and torch.bincount(val[1]).tolist() == [1] * 100
+    (tmp_path / "CIFAR-100-C").mkdir()
+    images = generator.integers(0, 256, (15, 32, 32, 3), dtype=np.uint8)
+    np.save(tmp_path / "CIFAR-100-C" / "fog.npy", images)
+    np.save(tmp_path / "CIFAR-100-C" / "labels.npy", np.arange(15))
+    part, labels = common.load_cifar_corruption("cifar100", "fog", 4, tmp_path)
+    assert torch.equal(part, torch.from_numpy(images[9:12]).permute(0, 3, 1, 2)) and labels.tolist() == [9, 10, 11]
 
 
 def test_imagenet_folders(tmp_path):
@@ -343,3 +418,9 @@ def test_imagenet_folders(tmp_path):
     accuracy = common.evaluate_folder([model], folder, 2, 0, common.start_machine("cpu"))[0]["top1_accuracy"]
     assert results["top1_error"] == pytest.approx(100 - accuracy)
     assert len(lines_of(tmp_path / "run" / "policies.jsonl")) == 2
+    sets = advaa.load_sets("imagenet", tmp_path / "data", None, True, "val", 0, False, False)
+    assert (len(sets.train), len(sets.val), len(sets.test)) == (11, 1, 1) and set(sets.train.files).isdisjoint(sets.val.files)
+    # To evaluate, the validation folder will do.
+    shutil.rmtree(tmp_path / "data" / "imagenet" / "train")
+    run_here(*flags, "--evaluate", "--weights", tmp_path / "run" / "checkpoint.pt", "--run-dir", tmp_path / "again")
+    assert results_of(tmp_path / "again")["top1_error"] == results["top1_error"]

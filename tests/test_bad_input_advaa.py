@@ -58,7 +58,7 @@ def test_batches_and_sizes(refuses, tmp_path):
 def test_missing_data(refuses, tmp_path):
     refuses("--dataset", "cifar10", "--data-root", tmp_path, names=(tmp_path / "cifar-10-batches-py", "cifar-10-python.tar.gz"))
     refuses("--dataset", "cifar100", "--data-root", tmp_path, names=(tmp_path / "cifar-100-python", "https://www.cs.toronto.edu/~kriz/"))
-    refuses("--dataset", "imagenet", "--data-root", tmp_path, names=(tmp_path / "imagenet" / "train", "https://image-net.org"))
+    refuses("--dataset", "imagenet", "--data-root", tmp_path, names=(tmp_path / "imagenet" / "val", "https://image-net.org"))
     refuses("--dataset", "cifar10", "--eval-split", "val", names=("--validation",))
 
 
@@ -67,6 +67,11 @@ def test_damaged_corrupted_sets(refuses, tmp_path, monkeypatch):
     flags = ("--dataset", "cifar10", "--data-root", tmp_path / "data")
     refuses(*flags, names=("cifar-10-batches-py", "damaged"))  # another archive than the published one
     without_checksums(monkeypatch)
+    (tmp_path / "data/CIFAR-10-P/tilt.npy").rename(tmp_path / "tilt.npy")
+    refuses(*flags, names=("tilt.npy", "missing"))
+    np.save(tmp_path / "data/CIFAR-10-P/tilt.npy", np.zeros((3, 32, 32, 3), dtype=np.uint8))
+    refuses(*flags, names=("tilt.npy", "(3, 32, 32, 3)"))
+    (tmp_path / "tilt.npy").rename(tmp_path / "data/CIFAR-10-P/tilt.npy")
     np.save(tmp_path / "data/CIFAR-10-C/fog.npy", np.zeros((20, 32, 32), dtype=np.uint8))
     refuses(*flags, names=("fog.npy", "(20, 32, 32)"))
     np.save(tmp_path / "data/CIFAR-10-C/fog.npy", np.zeros((25, 32, 32, 3), dtype=np.uint8))
@@ -93,7 +98,9 @@ def test_run_directories(refuses_here, tmp_path, monkeypatch, capfd):
     advaa.main()
     capfd.readouterr()
     refuse(names=(tmp_path / "run", "not empty", "--resume"))
-    refuse("--resume", "--policy", "random", names=("checkpoint.pt", "--policy random", "another --run-dir"))
+    refuse("--resume", "--policy", "random", names=("checkpoint.pt", "--policy was advaa", "another --run-dir"))
+    refuse("--resume", "--M", "3", "--epochs", "5", names=("--M was 2", "--epochs was 2"))
+    refuse("--evaluate", "--eval-split", "val", names=("--eval-split val would overwrite",))
     refuse("--evaluate", "--dry-run", names=("--dry-run would overwrite",))
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     torch.save(state | {"finished": False, "generator": torch.zeros(3)}, tmp_path / "run" / "checkpoint.pt")

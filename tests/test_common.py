@@ -283,3 +283,25 @@ def test_affine_batch_norm_changes_nothing_but_the_time():
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(affine_gradient, gradient, rtol=1e-3, atol=1e-3)
         assert torch.equal(model(images), expected) and not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_table_refuses_two_runs_of_one_seed_that_differ(tmp_path):
+    for name, error in (("a", 3.0), ("b", 9.0)):
+        (tmp_path / name).mkdir()
+        results = {"script": "advaa", "dataset": "digits", "model": "m", "method": "advaa", "seed": 0, "top1_error": error, "wall_seconds": error}
+        common.write_json(tmp_path / name / "results.json", results)
+    assert "| advaa | 3.00 | 3.00 |" in common.table([tmp_path / "a", tmp_path / "a"])
+    with pytest.raises(common.InputError, match="advaa with seed 0 is there twice"):
+        common.table([tmp_path / "a", tmp_path / "b"])
+
+
+def test_a_continued_runs_own_settings_go_before_those_of_a_configuration(tmp_path):
+    import advaa
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").write_text(json.dumps({"M": 3, "epochs": 7, "git_commit": "x"}))
+    (tmp_path / "conf.json").write_text(json.dumps({"M": 5, "Q": 2, "epochs": 9}))
+    flags = ["--load-conf", str(tmp_path / "conf.json"), "--run-dir", str(tmp_path / "run")]
+    args = advaa.parse_args([*flags, "--resume", "--epochs", "8"])
+    assert (args.M, args.Q, args.epochs) == (3, 2, 8)
+    assert advaa.parse_args(flags).M == 5

@@ -21,7 +21,6 @@ IMAGENET = ("resnet50", "resnet50d", "resnet200")
         ("shake26_2x96d", 26.2),
         ("shake26_2x112d", 35.6),
         ("pyramid272", 26.0),
-        ("pyramidnet272", 26.0),
         ("resnet50", 25.6),
         ("resnet50d", 25.6),
         ("resnet200", 64.7),
@@ -80,7 +79,7 @@ def test_slim_models_learn_and_evaluate_deterministically(name, tmp_path):
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(common.InputError) as error:
         common.build_model("shake26_2x33d", 10, "cifar10")
-    assert set(common.MODELS) == set(common.DIGITS_MODELS) and {*CIFAR, *IMAGENET, "pyramidnet272"} <= set(common.MODELS)
+    assert set(common.MODELS) == set(common.DIGITS_MODELS) and {*CIFAR, *IMAGENET} <= set(common.MODELS)
     assert all(re.search(rf"\b{name}\b", str(error.value)) for name in common.MODELS)
 
 
