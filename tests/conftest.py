@@ -1,4 +1,8 @@
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two tests run at a time (.pytest.ini)
+
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +22,25 @@ def run_script(*command: object, expect: int = 0, cwd: Path = ROOT, **environmen
     done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=900, env=os.environ | environment)
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+TIMES = ("wall_seconds", "peak_memory_mb")
+
+
+def results_of(directory: Path) -> dict:
+    return json.loads((directory / "results.json").read_text())
+
+
+def without_times(results: dict) -> dict:
+    return {key: value for key, value in results.items() if key not in TIMES}
+
+
+def state_of(directory: Path) -> dict:
+    return torch.load(directory / "checkpoint.pt", weights_only=True)
+
+
+def assert_equal_weights(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 def contents(directory: Path) -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, assert_equal_weights, results_of, run_script, state_of, without_times
 from PIL import Image
 
 import advaa
@@ -17,7 +17,6 @@ import common
 
 SMALL = ("--eval-split", "val", "--num-train", "30", "--epochs", "3", "--batch-size", "10", "--M", "3", "--Q", "2", "--checkpoint-every", "1", "--log-every", "2")  # fmt: skip
 FAST_CONTROLLER = ("--controller-lr", "0.05")  # policies change within three epochs
-TIMES = ("wall_seconds", "peak_memory_mb")
 
 
 def run_here(*flags: object) -> None:
@@ -28,24 +27,8 @@ def run_here(*flags: object) -> None:
         advaa.main()
 
 
-def results_of(directory: Path) -> dict:
-    return json.loads((directory / "results.json").read_text())
-
-
-def without_times(results: dict) -> dict:
-    return {key: value for key, value in results.items() if key not in TIMES}
-
-
-def state_of(directory: Path) -> dict:
-    return torch.load(directory / "checkpoint.pt", weights_only=True)
-
-
 def lines_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def assert_equal_weights(first: dict, second: dict) -> None:
-    assert first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 @pytest.fixture(scope="module")

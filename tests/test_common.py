@@ -266,7 +266,7 @@ def test_odd_batches_train_on_the_cpu():
         "        for _ in range(4):\n"
         "            model(machine.layout(torch.rand(size, 3, 32, 32))).sum().backward()\n"
     )
-    run_script("-c", program)
+    run_script("-c", program, OMP_NUM_THREADS="2")
 
 
 def test_affine_batch_norm_changes_nothing_but_the_time():

@@ -13,32 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, TIMES, assert_equal_weights, results_of, run_script, state_of, without_times
 from PIL import Image
 
 import common
 import game_of_noise
 
 SMALL = ("--eval-split", "val", "--epochs", "2", "--batch-size", "100", "--fresh-iterations", "2", "--star-iterations", "2")
-TIMES = ("wall_seconds", "peak_memory_mb")
 PICTURES = ("noise.png", "examples.png", "patches.png", "corruptions.png", "curves.png")
 CLASSES = ("n01440764", "n01443537", "n01484850")
-
-
-def results_of(directory: Path) -> dict:
-    return json.loads((directory / "results.json").read_text())
-
-
-def without_times(results: dict) -> dict:
-    return {key: value for key, value in results.items() if key not in TIMES}
-
-
-def state_of(directory: Path) -> dict:
-    return torch.load(directory / "checkpoint.pt", weights_only=True)
-
-
-def assert_equal_weights(first: dict, second: dict) -> None:
-    assert first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 @pytest.fixture(scope="module")

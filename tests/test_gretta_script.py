@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, results_of, run_script, without_times
 from PIL import Image
 
 import common
@@ -18,11 +18,6 @@ import gretta
 
 # 170 images to evaluate on, 7 steps an epoch
 SMALL = ("--target-split", "val", "--proportion", "0.9", "--batch-size", "240", "--num-samples", "1", "--epochs", "2", "--checkpoint-every", "1")
-TIMES = ("wall_seconds", "peak_memory_mb")
-
-
-def results_of(directory: Path) -> dict:
-    return json.loads((directory / "results.json").read_text())
 
 
 def log_of(directory: Path) -> list[dict]:
@@ -31,10 +26,6 @@ def log_of(directory: Path) -> list[dict]:
 
 def policy_of(directory: Path) -> dict:
     return torch.load(directory / "checkpoint.pt", weights_only=True)["state_dict"]
-
-
-def without_times(results: dict) -> dict:
-    return {key: value for key, value in results.items() if key not in TIMES}
 
 
 @pytest.fixture(scope="module")
