@@ -655,7 +655,7 @@ def reinforce_loss(log_probabilities: torch.Tensor, rewards: torch.Tensor, entro
     return -(rewards * log_probabilities).mean() - entropy_penalty * entropies.flatten(1).sum(1).mean()
 
 
-def relative_entropy(entropies: torch.Tensor) -> float:
+def normalised_entropy(entropies: torch.Tensor) -> float:
     """Mean over all choices of entropy / largest entropy (log 16 for an op, log 10 for a magnitude), in [0, 1]."""
     return (entropies / torch.tensor([len(OPS), MAGNITUDES]).log()).mean().item()
 
@@ -1149,7 +1149,7 @@ def main() -> None:
             controller_optimizer.zero_grad()
             objective.backward()
             controller_optimizer.step()
-            figures["entropy"] = relative_entropy(entropies)
+            figures["entropy"] = normalised_entropy(entropies)
             if not math.isfinite(objective.item()):
                 raise InputError(f"the controller's objective is not finite at step {step} (--controller-lr {args.controller_lr:g}): lower it")
         if sets.val is not None:

@@ -164,7 +164,7 @@ def test_an_untrained_controller_chooses_nearly_uniformly_from_the_whole_space()
     assert policies.shape == entropies.shape == (400, 5, 2, 2) and log_probabilities.shape == (400,)
     uniform = -10 * math.log(len(OPS)) - 10 * math.log(MAGNITUDES)
     assert (log_probabilities - uniform).abs().max() < 1.0
-    assert 0.99 < advaa.relative_entropy(entropies) <= 1
+    assert 0.99 < advaa.normalised_entropy(entropies) <= 1
     for column, size in ((0, 16), (1, 10)):
         counts = torch.bincount(policies[..., column].flatten(), minlength=size) / 4000
         assert len(counts) == size and (counts - 1 / size).abs().max() < 0.03
@@ -218,7 +218,7 @@ def test_the_guards_floor():
             for head in controller.heads:
                 head.bias[3] = 100
             policies, log_probabilities, entropies = controller(count=8, generator=generator())
-        entropy = advaa.relative_entropy(entropies)
+        entropy = advaa.normalised_entropy(entropies)
         if share:
             rest = [share / size for size in (16, 10)]
             closed = [-(size - 1) * r * math.log(r) - (1 - share + r) * math.log(1 - share + r) for r, size in zip(rest, (16, 10))]
