@@ -777,14 +777,11 @@ def load_sets(
             for name in common.CORRUPTIONS:  # missing files are found now
                 corrupted(name, 1)
         else:
-            record = {"cifar10": 2535967, "cifar100": 3555552}[dataset]
-            notes.append(
-                f"{directory} is missing, so corruptions are not evaluated: unpack {directory.name}.tar of https://zenodo.org/record/{record}"
-            )
+            notes.append(f"{directory} is missing, so corruptions are not evaluated: {common.how_to_get(directory.name, data_root)}")
         if dataset == "cifar10":
             perturbed = common.cifar_c(dataset, data_root, "P")
             if not perturbed.is_dir():
-                notes.append(f"{perturbed} is missing, so flips are not counted: unpack CIFAR-10-P.tar of https://zenodo.org/record/2535967")
+                notes.append(f"{perturbed} is missing, so flips are not counted: {common.how_to_get(perturbed.name, data_root)}")
                 perturbed = None
         for name in PERTURBATIONS if perturbed else ():
             read_frames(perturbed, name)

@@ -12,11 +12,12 @@
     results       command line, run directory, logs, results.json, the table over seeds
 
 Nothing happens on import. As a program it prints a Markdown table of mean ± std over seeds, trains a classifier for
-digits, or draws what the corruptions look like:
+digits, draws what the corruptions look like, or gets a data set:
 
     python common.py RUN_DIR [RUN_DIR ...]
     python common.py --train-weights resnext
     python common.py --contact-sheet out.png
+    python common.py --download CIFAR-10-C
 """
 
 import argparse
@@ -34,6 +35,8 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +55,15 @@ ROOT = Path(__file__).resolve().parent
 WEIGHTS = ROOT / "weights"
 
 NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
+
+# Archives that `python common.py --download NAME` gets: address, md5, and the folder that each unpacks to
+ARCHIVES = {
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "cifar-10-batches-py"),
+    "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", "cifar-100-python"),
+    "CIFAR-10-C": ("https://zenodo.org/record/2535967/files/CIFAR-10-C.tar", "56bf5dcef84df0e2308c6dcbcbbd8499", "CIFAR-10-C"),
+    "CIFAR-10-P": ("https://zenodo.org/record/2535967/files/CIFAR-10-P.tar", "125d6775afc5846ea84584d7524dedff", "CIFAR-10-P"),
+    "CIFAR-100-C": ("https://zenodo.org/record/3555552/files/CIFAR-100-C.tar", "11f0ed0f1191edbf9fa23466ae6021d3", "CIFAR-100-C"),
+}
 SPLITS = ("train", "val", "test")
 
 
@@ -109,12 +121,13 @@ def load_cifar(dataset: str, split: str, data_root: str | Path = "data") -> tupl
     """
     from torchvision import datasets
 
-    name, folder = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python")}[dataset]
-    address = f"https://www.cs.toronto.edu/~kriz/{folder.replace('batches-py', 'python')}.tar.gz"
+    name, folder = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}[dataset], ARCHIVES[dataset][2]
     try:
         data = getattr(datasets, name)(str(data_root), train=split != "test", download=False)  # checks md5 before it unpickles
     except Exception as error:
-        raise InputError(f"{Path(data_root) / folder} is missing or damaged: unpack {address} in {data_root}, or name another --data-root") from error
+        raise InputError(
+            f"{Path(data_root) / folder} is missing or damaged: {how_to_get(dataset, data_root)}, or name another --data-root"
+        ) from error
     images, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
     if split == "test":
         return images, labels
@@ -1423,17 +1436,95 @@ def load_imagenet_weights(model: nn.Module, name: str, machine: "Machine", dry_r
     return f"{file}" + (f", but for {', '.join(head)} (another number of classes)" if head else "")
 
 
-def download(url: str, file: Path, sha256_prefix: str | None = None) -> Path:
-    """Fetch `url` to `file` unless it is there. The file appears whole or not at all; InputError says what went wrong, and what to do."""
+def download(url: str, file: Path, sha256_prefix: str | None = None, md5: str | None = None) -> Path:
+    """Fetch `url` to `file` unless it is there. The file appears whole or not at all; InputError says what went wrong, and what to do.
+
+    What came before a connection broke off waits in `<file>.part`, and the next call goes on from there where the server can (a Range request).
+    sha256_prefix (the first digits of the checksum, as in torchvision's file names) or md5: a file of another checksum is removed.
+    """
     if file.is_file():
         return file
+    from tqdm import tqdm
+
+    part = file.with_name(f"{file.name}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {url} to {file}", flush=True)
-        torch.hub.download_url_to_file(url, str(file), sha256_prefix, progress=sys.stderr.isatty())
-    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:  # no network, no such file, another checksum
-        raise InputError(f"cannot download {url} ({error}): put the file at {file} yourself") from error
+        held = part.stat().st_size if part.is_file() else 0
+        print(f"downloading {url} to {file}" + (f", from byte {held:,} on" if held else ""), flush=True)
+        with open_url(url, held) as answer:
+            held = held if answer.status == 206 else 0  # 200: the server sends the whole of it
+            size = held + int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
+            with (
+                open(part, "ab" if held else "wb") as stream,
+                tqdm(total=size, initial=held, unit="B", unit_scale=True, desc=file.name, disable=None) as bar,
+            ):
+                while chunk := answer.read(2**20):
+                    stream.write(chunk)
+                    bar.update(len(chunk))
+        if size is not None and part.stat().st_size != size:
+            raise OSError(f"the connection broke off after {part.stat().st_size:,} of {size:,} bytes; the same command goes on from there")
+        for name, wanted in (("sha256", sha256_prefix), ("md5", md5)):
+            found = hashlib.new(name)
+            with open(part, "rb") as stream:
+                while wanted and (chunk := stream.read(2**20)):
+                    found.update(chunk)
+            if wanted and not found.hexdigest().startswith(wanted):
+                part.unlink()
+                raise OSError(f"its {name} is {found.hexdigest()}, not {wanted}…, so it was removed")
+        os.replace(part, file)
+    except (OSError, ValueError, http.client.HTTPException) as error:  # no network, no such file, another checksum
+        raise InputError(f"cannot download {url} ({error}): try again, or put the file at {file} yourself") from error
     return file
+
+
+def open_url(url: str, held: int) -> http.client.HTTPResponse:
+    """The server's answer for a file of which the first `held` bytes are here; a server that knows no more of it sends the whole."""
+    headers = {"User-Agent": "CleanAug"}
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers | ({"Range": f"bytes={held}-"} if held else {})), timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # range not satisfiable
+            raise
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
+
+
+def how_to_get(name: str, data_root: str | Path) -> str:
+    """The command and the address that get one of ARCHIVES."""
+    root = "" if str(data_root) == "data" else f" --data-root {data_root}"
+    return f"get it with python common.py --download {name}{root}, or unpack {ARCHIVES[name][0]} in {data_root}"
+
+
+def fetch_archive(name: str, data_root: str | Path) -> Path:
+    """Download and unpack one of ARCHIVES, unless its folder is there, and return the folder. The archive is removed once it is unpacked."""
+    url, md5, folder = ARCHIVES[name]
+    directory = Path(data_root) / folder
+    if not directory.exists():
+        archive = download(url, Path(data_root) / url.rsplit("/", 1)[1], md5=md5)
+        unpack(archive, Path(data_root), folder)
+        archive.unlink()
+    return directory
+
+
+def unpack(archive: Path, root: Path, folder: str) -> None:
+    """Unpack a tar archive of one `folder` into `root`, where it appears whole or not at all. InputError, naming the member, for one that holds
+    anything but files and directories inside that folder, before anything is written; and for a damaged one."""
+    import tarfile
+    import zlib
+
+    waiting = root / f".{folder}.unpacking"
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                inside = os.path.normpath(member.name).split(os.sep)[0] == folder and ".." not in Path(member.name).parts
+                if not inside or not (member.isfile() or member.isdir()):
+                    raise InputError(f"{archive} holds {member.name!r}, which is no file in {folder}/: nothing was unpacked; remove the archive")
+            shutil.rmtree(waiting, ignore_errors=True)
+            tar.extractall(waiting, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # Python 3.11.4 brought it
+        os.replace(waiting / folder, root / folder)
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise InputError(f"{archive} cannot be unpacked ({error}): remove it, and get it again") from error
+    finally:
+        shutil.rmtree(waiting, ignore_errors=True)
 
 
 def train_classifier(
@@ -2075,8 +2166,12 @@ def main() -> None:
     parser.add_argument("run_dirs", nargs="*", metavar="RUN_DIR", help="directories of finished runs: print their results, mean ± std over seeds")
     parser.add_argument("--train-weights", metavar="MODEL", help="train this classifier on digits and write weights/digits-MODEL.pt")
     parser.add_argument("--contact-sheet", metavar="PNG", help="draw every corruption at every severity")
+    parser.add_argument("--download", choices=tuple(ARCHIVES), metavar="SET", help=f"get a data set: {', '.join(ARCHIVES)}")
+    parser.add_argument("--data-root", default="data", metavar="DIR", help="where --download unpacks it")
     args = parser.parse_args()
-    if args.contact_sheet:
+    if args.download:
+        print(f"{fetch_archive(args.download, args.data_root)} is there")
+    elif args.contact_sheet:
         contact_sheet(args.contact_sheet)
     elif args.train_weights:
         machine = start_machine()
