@@ -1935,6 +1935,9 @@ def run_script(main: Callable[[], None]) -> None:
     """Run `main`; bad input ends in one line on stderr and exit code 2."""
     try:
         main()
+        if dist.is_initialized():  # ranks leave together: one that closes its connections while another still works may abort it
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()
     except (InputError, OSError) as error:  # an OSError names the file and what the system said
         if "tqdm" in sys.modules:  # bars that are still open would be drawn over the line
             for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
