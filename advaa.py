@@ -730,7 +730,9 @@ class Sets(NamedTuple):
 
 
 def balanced_subset(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """`count` of the numbers of images, as equally many of each class as can be, drawn from `seed`."""
+    """`count` of the numbers of images, as equally many of each class as can be, drawn from `seed`. Raises InputError where there are fewer."""
+    if count > len(labels):
+        raise InputError(f"--num-train {count}: the data set has {len(labels)} training images")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     rank = torch.zeros(len(labels), dtype=torch.long)  # an image's place among those of its class
     for label in labels.unique():
@@ -751,8 +753,6 @@ def load_sets(
     if not validation and dataset != "digits":  # as published: all training images
         train, val = tuple(torch.cat(parts) for parts in zip(train, val)), None
     if num_train is not None:
-        if num_train > len(train[1]):
-            raise InputError(f"--num-train {num_train}: {dataset} has {len(train[1])} training images")
         chosen = balanced_subset(train[1], num_train, seed)
         train = tuple(part[chosen] for part in train)
     if dry_run:
@@ -804,23 +804,13 @@ def load_imagenet_sets(data_root: Path, num_train: int | None, validation: bool,
             train, val = train.part((~held_out).nonzero()[:, 0]), train.part(held_out.nonzero()[:, 0])
             test = val if eval_split == "val" else test
         if num_train is not None:
-            if num_train > len(train):
-                raise InputError(f"--num-train {num_train}: imagenet has {len(train)} training images")
             train = train.part(balanced_subset(train.labels, num_train, seed))
     if dry_run:
         train, test, val = train and train.keep(32), test.keep(8), val and val.keep(8)
     corrupted, notes, directory = None, [], data_root / "imagenet-c"
     if directory.is_dir() and eval_split == "test":
-        for name in common.CORRUPTIONS:
-            for severity in range(1, 6):
-                folder = directory / name / str(severity)
-                advice = "ImageNet-C is had from https://zenodo.org/record/2235448"
-                common.check_classes(folder, common.class_folders(folder, advice), classes, folders["val"])
-
-        def corrupted(name: str, severity: int) -> Data:
-            data = common.Folder(directory / name / str(severity), classes, resize=224)  # published at 224 px already
-            return data.keep(1) if dry_run else data
-
+        advice = "ImageNet-C is had from https://zenodo.org/record/2235448"
+        corrupted = common.imagenet_c(directory, classes, folders["val"], advice, dry_run)
     elif eval_split == "test":
         notes.append(f"{directory} is missing, so corruptions are not evaluated: unpack the files of https://zenodo.org/record/2235448")
     return Sets(train, val, test, {}, corrupted, None, len(classes), 224, notes)
@@ -991,8 +981,7 @@ def main() -> None:
     if final is not None:
         common.load_weights(classifier, final)
     classifier.to(machine.device, memory_format=machine.weight_layout)
-    decayed = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(decayed, args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(classifier.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
     scaler = common.grad_scaler(machine)
     # The controller is small and lives on the CPU of every rank alike, as do all draws but the model's own (Shake-Shake, ShakeDrop: per rank).
     with torch.random.fork_rng(devices=[]):
@@ -1161,7 +1150,7 @@ def main() -> None:
             if epoch % args.checkpoint_every == 0 or epoch == epochs:
                 common.save_atomically(checkpoint_state(False), directory / "checkpoint.pt")
             if records:
-                write_lines(directory / "policies.jsonl", records)
+                common.write_text(directory / "policies.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     progress.update(step - progress.n)
     progress.close()
 
@@ -1247,12 +1236,6 @@ def epoch_figures(totals: list[float]) -> dict:
     *losses, right, count = totals
     per_policy = count / len(losses)
     return {"loss": sum(losses) / count, "accuracy": 100 * right / count, "losses": [loss / per_policy for loss in losses]}
-
-
-def write_lines(file: Path, records: list[dict]) -> None:
-    beside = file.with_name(f".{file.name}")
-    beside.write_text("".join(json.dumps(record) + "\n" for record in records))
-    os.replace(beside, file)
 
 
 def protocol_line(dataset: str, split: str, sets: Sets, epoch: int, epochs: int, M: int) -> str:

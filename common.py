@@ -381,6 +381,22 @@ def count_images(data: Data | None) -> int:
     return 0 if data is None else len(data) if isinstance(data, Folder) else len(data[1])
 
 
+def imagenet_c(directory: Path, classes: list[str], where: Path, advice: str, dry_run: bool) -> Callable[[str, int], Folder]:
+    """ImageNet-C's pictures by name and severity, once all of its folders are found to have the classes of `where` (InputError, ending in
+    `advice`, otherwise); one picture of each in a dry run."""
+    for name in CORRUPTIONS:
+        class_folders(directory / name, advice)
+        for severity in range(1, 6):
+            folder = directory / name / str(severity)
+            check_classes(folder, class_folders(folder, advice), classes, where)
+
+    def corrupted(name: str, severity: int) -> Folder:
+        data = Folder(directory / name / str(severity), classes, resize=224)  # published at 224 px already
+        return data.keep(1) if dry_run else data
+
+    return corrupted
+
+
 def evenly_spaced(most: int, size: int) -> torch.Tensor:
     """At most `most` of the numbers 0…size − 1, evenly spaced: (min(most, size),) int64."""
     return torch.linspace(0, size - 1, min(most, size)).round().long()
@@ -2046,8 +2062,13 @@ def finite_totals(totals: torch.Tensor, step: int, lr: float, directory: Path) -
 
 
 def write_json(file: Path, values: dict) -> None:
+    write_text(file, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Readers see the old text or the new one."""
     beside = file.with_name(f".{file.name}")
-    beside.write_text(json.dumps(values, indent=2) + "\n")
+    beside.write_text(text)
     os.replace(beside, file)
 
 

@@ -492,20 +492,12 @@ def load_imagenet_sets(clean: Path, corruptions: Path, stylised: Path | None, ev
     if not evaluate or train.is_dir():
         common.check_classes(train, common.class_folders(train, advice), classes, val)
     advice = "ImageNet-C (blur, digital, noise, weather) is had from https://zenodo.org/record/2235448; name its folder with --imagenetc-path"
-    for name in common.CORRUPTIONS:
-        common.class_folders(corruptions / name, advice)
-        for severity in range(1, 6):
-            folder = corruptions / name / str(severity)
-            common.check_classes(folder, common.class_folders(folder, advice), classes, val)
+    corrupted = common.imagenet_c(corruptions, classes, val, advice, dry_run)
     if stylised is not None:
         advice = (
             "Stylized-ImageNet is made with https://github.com/rgeirhos/Stylized-ImageNet; name its folder, which holds train/, with --datadir-sin"
         )
         common.check_classes(stylised / "train", common.class_folders(stylised / "train", advice), classes, val)
-
-    def corrupted(name: str, severity: int) -> Data:
-        data = common.Folder(corruptions / name / str(severity), classes, resize=224)  # published at 224 px already
-        return data.keep(1) if dry_run else data
 
     return Sets(
         common.Folder(train, classes) if train.is_dir() else None,

@@ -294,7 +294,7 @@ def write(file, records) -> None:
 
 def test_policies_survive_the_file(tmp_path):
     epochs = [random_policies(seed=seed) for seed in range(3)]
-    advaa.write_lines(tmp_path / "p.jsonl", [advaa.policy_record(epoch, policies, [0.5] * 8) for epoch, policies in enumerate(epochs, 1)])
+    write(tmp_path / "p.jsonl", [advaa.policy_record(epoch, policies, [0.5] * 8) for epoch, policies in enumerate(epochs, 1)])
     assert torch.equal(advaa.read_policies(tmp_path / "p.jsonl", 3, 8, 5), torch.stack(epochs))
     assert torch.equal(advaa.read_policies(tmp_path / "p.jsonl", 2, 8, 5), torch.stack(epochs[:2]))
     first = json.loads((tmp_path / "p.jsonl").read_text().splitlines()[0])

@@ -39,7 +39,7 @@ def test_replays(refuses, tmp_path):
     policies = torch.zeros(8, 5, 2, 2, dtype=torch.long)
     records = [advaa.policy_record(epoch, policies, [1.0] * 8) for epoch in (1, 2)]
     file = tmp_path / "policies.jsonl"
-    advaa.write_lines(file, records)
+    common.write_text(file, "".join(json.dumps(record) + "\n" for record in records))
     refuses("--replay", file, "--epochs", "3", names=(file, "holds 2 epochs", "3", "--epochs"))
     refuses("--replay", file, "--epochs", "2", "--Q", "4", names=(file, "line 1", "--Q 4"))
     refuses("--replay", file, "--epochs", "2", "--M", "4", names=(file, "line 1", "--M 4"))
