@@ -27,7 +27,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,6 +78,14 @@ SETTINGS = {
         "resnet50d": PUBLISHED | {"batch_size": 2048, "lr": 0.8, "weight_decay": 1e-4, "epochs": 120, "cutout": 0, "workers": 16},
         "resnet200": PUBLISHED | {"batch_size": 2048, "lr": 0.8, "weight_decay": 1e-4, "epochs": 120, "cutout": 0, "workers": 16},
     },
+    # Not in the paper: MNIST with the controller of digits, one's own pictures as ImageNet on one GPU, random images as CIFAR-10.
+    "mnist": {
+        "wresnet28_10": PUBLISHED
+        | {"batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "epochs": 20, "cutout": 0}
+        | {"controller_lr": 0.01, "entropy_penalty": 0.2}
+    },
+    "folder": {"resnet50": PUBLISHED | {"batch_size": 256, "lr": 0.1, "weight_decay": 1e-4, "epochs": 120, "cutout": 0, "workers": 16}},
+    "fake": {"wresnet28_10": PUBLISHED | {"batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "epochs": 2}},
 }
 
 
@@ -98,6 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--run-dir", "--logdir", dest="run_dir", metavar="DIR", help="where the run is written (default: runs/advaa/…)")
     add("--resume", action="store_true", help="continue what --run-dir holds")
     add("--checkpoint-every", type=number(int, 1), default=10, metavar="EPOCHS", help="epochs between checkpoints")
+    add("--checkpoint-minutes", type=number(float, 0, open_low=True), default=10.0, metavar="MINUTES", help="and within an epoch after so long")
     add("--log-every", type=number(int, 1), default=10, metavar="STEPS", help="steps between lines of log.jsonl")
     add("--load-conf", metavar="FILE", help="defaults from the args.json of an earlier run, or any JSON of flags")
     add(
@@ -110,11 +119,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="only evaluate: the run of --run-dir again, or the --model with --weights",
     )
     add("--dry-run", action="store_true", help="one small step of every phase, same outputs")
-    add("--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # torch.distributed.launch gives it; the environment says the same
+    add("--local-rank", type=number(int, 0), default=0, help=argparse.SUPPRESS)  # torch.distributed.launch gives it; the environment says the same
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=tuple(SETTINGS), default="digits", help="digits comes with the repository")
-    add("--data-root", default="data", metavar="DIR", help="where the data sets lie")
-    add("--workers", type=number(int, 0), help="loader processes for ImageNet, at most one per core; other sets live on the device")
+    add("--dataset", choices=tuple(SETTINGS), default="digits", type=common.dataset_name, help="digits comes with the repository")
+    add("--data-root", default="data", metavar="DIR", help="where the data sets lie; with --dataset folder, your train/ and val/ or test/")
+    add("--fake-shape", type=common.fake_shape, default=common.FAKE_SHAPE, metavar="N,CLASSES,H,W", help="of --dataset fake: random images")
+    add("--corruptions-path", metavar="DIR", help="the corrupted test set (default: CIFAR-10-C, imagenet-c, … in --data-root)")
+    add("--generate-corruptions", action="store_true", help="make the 15 corruptions of the test images where the published ones are not on disk")
+    add("--workers", type=number(int, 0), help="processes that decode pictures, at most one per core; sets that fit in memory live on the device")
     add("--num-train", type=number(int, 1), metavar="N", help="train on so many images, balanced over the classes (default: digits 100, else all)")
     add(
         "--validation",
@@ -126,7 +138,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test-batch-size", type=number(int, 1), default=200, help="images per batch when pictures on disk are evaluated")
     add = parser.add_argument_group("model").add_argument
     add("--model", help=f"{', '.join(dict.fromkeys(name for rows in SETTINGS.values() for name in rows))}, resnext, or one of torchvision's")
-    add("--weights", metavar="FILE", help="a checkpoint to start from, or with --evaluate to evaluate")
+    add("--weights", metavar="FILE", help="a checkpoint, or a name of weights/README.md, to start from, or with --evaluate to evaluate")
     add = parser.add_argument_group("method").add_argument
     add(
         "--policy",
@@ -136,6 +148,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--replay", metavar="FILE", help="policies.jsonl of an earlier run: its policies epoch by epoch (the paper's transfer)")
     add("--M", type=number(int, 1), help="views of every image, by M policies (default: 8)")
+    add(
+        "--view-batch",
+        type=number(int, 1),
+        metavar="N",
+        help="images in one forward at most: the views go through the model policy by policy, and batch norm sees one policy's at a time (default: all views at once)",
+    )
     add("--Q", type=number(int, 1), help="sub-policies in a policy; each view draws one (default: 5)")
     add("--controller-lr", type=number(float, 0, open_low=True), help="Adam, one update per epoch (default: 3.5e-4; digits 0.01)")
     add("--entropy-penalty", type=number(float, 0), help="weight of the policies' entropy in the controller's objective (default: 1e-5; digits 0.2)")
@@ -543,7 +561,9 @@ def autoaugment_space(dataset: str) -> tuple[torch.Tensor, torch.Tensor, torch.T
     """
     from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
-    policy = AutoAugment({"digits": AutoAugmentPolicy.SVHN, "imagenet": AutoAugmentPolicy.IMAGENET}.get(dataset, AutoAugmentPolicy.CIFAR10))
+    policies = {"digits": AutoAugmentPolicy.SVHN, "mnist": AutoAugmentPolicy.SVHN}
+    policies |= {"imagenet": AutoAugmentPolicy.IMAGENET, "folder": AutoAugmentPolicy.IMAGENET}
+    policy = AutoAugment(policies.get(dataset, AutoAugmentPolicy.CIFAR10))
     space = policy._augmentation_space(10, (32, 32))
     pairs = [pair for sub_policy in policy.policies for pair in sub_policy]
     ops = torch.tensor([op_number(name) for name, _, _ in pairs])
@@ -696,7 +716,7 @@ def read_policies(file: str | Path, epochs: int, M: int, Q: int) -> torch.Tensor
                 if type(magnitude) is not int or not 0 <= magnitude < MAGNITUDES:
                     raise ValueError(f"magnitude {magnitude!r} of {op} is not one of 0 to {MAGNITUDES - 1}")
             policies = policies_of(record)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise InputError(f"--replay {file}, line {row}: {reason}") from error
         if policies.shape != (M, Q, 2, 2):
@@ -715,20 +735,6 @@ def read_policies(file: str | Path, epochs: int, M: int, Q: int) -> torch.Tensor
 PERTURBATIONS = ("gaussian_noise", "shot_noise", "motion_blur", "zoom_blur", "snow", "brightness", "translate", "rotate", "tilt", "scale")
 
 
-class Sets(NamedTuple):
-    """What a run needs. `corrupted(name, severity)` makes or reads one corrupted test set; None where it is not on disk."""
-
-    train: Data | None
-    val: Data | None
-    test: Data
-    shifted: dict[str, Data]
-    corrupted: Callable[[str, int], Data] | None
-    perturbed: Path | None  # CIFAR-10-P
-    num_classes: int
-    size: int  # of the images, in px
-    notes: list[str]  # what is left out for want of files
-
-
 def balanced_subset(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """`count` of the numbers of images, as equally many of each class as can be, drawn from `seed`. Raises InputError where there are fewer."""
     if count > len(labels):
@@ -741,79 +747,24 @@ def balanced_subset(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor
     return order[rank[order].argsort(stable=True)][:count]
 
 
-def load_sets(
-    dataset: str, data_root: str, num_train: int | None, validation: bool, eval_split: str, seed: int, evaluate: bool, dry_run: bool
-) -> Sets:
-    """Everything is looked for before the first file is written. Raises InputError naming what is missing."""
-    if eval_split == "val" and not validation:
-        raise InputError("--eval-split val needs validation images that are not trained on: add --validation")
-    if dataset == "imagenet":
-        return load_imagenet_sets(Path(data_root), num_train, validation, eval_split, seed, evaluate, dry_run)
-    train, val, test = (common.load_split(dataset, split, data_root) for split in ("train", "val", eval_split))
-    if not validation and dataset != "digits":  # as published: all training images
-        train, val = tuple(torch.cat(parts) for parts in zip(train, val)), None
-    if num_train is not None:
-        chosen = balanced_subset(train[1], num_train, seed)
-        train = tuple(part[chosen] for part in train)
-    if dry_run:
-        train, val, test = (part and tuple(tensor[:few] for tensor in part) for part, few in ((train, 32), (val, 32), (test, 16)))
-    val = val if validation else None
-    notes, shifted, corrupted, perturbed = [], {}, None, None
-    if dataset == "digits":
-        modified = common.modified_digits(eval_split, data_root)[:2]
-        shifted = {"modified": tuple(part[:16] for part in modified) if dry_run else modified}
-
-        def corrupted(name: str, severity: int) -> Data:
-            return common.to_uint8(common.corrupt(common.to_float(test[0]), name, severity, seed=0)), test[1]
-
-    elif eval_split == "test":
-        directory = common.cifar_c(dataset, data_root)
-        if directory.is_dir():
-
-            def corrupted(name: str, severity: int) -> Data:
-                images, labels = common.load_cifar_corruption(dataset, name, severity, data_root)
-                return (images[:16], labels[:16]) if dry_run else (images, labels)
-
-            for name in common.CORRUPTIONS:  # missing files are found now
-                corrupted(name, 1)
-        else:
-            notes.append(f"{directory} is missing, so corruptions are not evaluated: {common.how_to_get(directory.name, data_root)}")
-        if dataset == "cifar10":
-            perturbed = common.cifar_c(dataset, data_root, "P")
-            if not perturbed.is_dir():
-                notes.append(f"{perturbed} is missing, so flips are not counted: {common.how_to_get(perturbed.name, data_root)}")
-                perturbed = None
-        for name in PERTURBATIONS if perturbed else ():
-            read_frames(perturbed, name)
-    num_classes = common.NUM_CLASSES[dataset]
-    return Sets(train, val, test, shifted, corrupted, perturbed, num_classes, test[0].shape[-1], notes)
+def shifted_sets(dataset: str, split: str, data_root: str, dry_run: bool) -> dict[str, Data]:
+    """Modified digits or modified MNIST, made from the same images that the clean figures are of."""
+    if dataset not in ("digits", "mnist"):
+        return {}
+    variants = 10 if dataset == "digits" else 1
+    return {"modified": common.keep_some(common.modified_digits(split, data_root, variants, dataset=dataset)[:2], 16 if dry_run else 10**9)}
 
 
-def load_imagenet_sets(data_root: Path, num_train: int | None, validation: bool, eval_split: str, seed: int, evaluate: bool, dry_run: bool) -> Sets:
-    """ImageNet in <data_root>/imagenet (train/ and val/; to evaluate, val/ will do), ImageNet-C, where it is there, in <data_root>/imagenet-c."""
-    advice = "ImageNet is had from https://image-net.org/download.php; unpack it into this folder's train/ and val/, or name another --data-root"
-    folders = {split: data_root / "imagenet" / split for split in ("train", "val")}
-    classes = common.class_folders(folders["val"], advice)
-    test = common.Folder(folders["val"], classes)
-    train = val = None
-    if not evaluate or eval_split == "val":
-        common.check_classes(folders["train"], common.class_folders(folders["train"], advice), classes, folders["val"])
-        train = common.Folder(folders["train"], classes)
-        if validation:
-            held_out = torch.arange(len(train)) % 10 == 9
-            train, val = train.part((~held_out).nonzero()[:, 0]), train.part(held_out.nonzero()[:, 0])
-            test = val if eval_split == "val" else test
-        if num_train is not None:
-            train = train.part(balanced_subset(train.labels, num_train, seed))
-    if dry_run:
-        train, test, val = train and train.keep(32), test.keep(8), val and val.keep(8)
-    corrupted, notes, directory = None, [], data_root / "imagenet-c"
-    if directory.is_dir() and eval_split == "test":
-        advice = "ImageNet-C is had from https://zenodo.org/record/2235448"
-        corrupted = common.imagenet_c(directory, classes, folders["val"], advice, dry_run)
-    elif eval_split == "test":
-        notes.append(f"{directory} is missing, so corruptions are not evaluated: unpack the files of https://zenodo.org/record/2235448")
-    return Sets(train, val, test, {}, corrupted, None, len(classes), 224, notes)
+def find_perturbed(dataset: str, split: str, data_root: str) -> tuple[Path | None, list[str]]:
+    """CIFAR-10-P's folder, once all of its files are found to be whole, or a note that it is not there."""
+    if dataset != "cifar10" or split != "test":
+        return None, []
+    directory = Path(data_root) / "CIFAR-10-P"
+    if not directory.is_dir():
+        return None, [f"{directory} is missing, so flips are not counted: {common.how_to_get('cifar10-p', data_root)}"]
+    for name in PERTURBATIONS:
+        read_frames(directory, name)
+    return directory, []
 
 
 def flip_probability(predictions: torch.Tensor, noise: bool) -> float:
@@ -827,7 +778,7 @@ def flip_probability(predictions: torch.Tensor, noise: bool) -> float:
 
 def read_frames(directory: Path, name: str) -> np.ndarray:
     """CIFAR-10-P's sequences of one perturbation, (N, frames, 32, 32, 3) uint8, mapped rather than read."""
-    frames = common.read_array(directory / f"{name}.npy")
+    frames = common.read_array(directory / f"{name}.npy", common.how_to_get("cifar10-p", directory.parent))
     if frames.ndim != 5 or frames.shape[2:] != (32, 32, 3) or frames.shape[1] < 2 or frames.dtype != np.uint8:
         raise InputError(f"{directory / name}.npy is {frames.dtype} {frames.shape}: expected uint8 (N, frames, 32, 32, 3)")
     return frames
@@ -929,7 +880,7 @@ def draw_views(file: Path, images: torch.Tensor, views: dict[str, torch.Tensor],
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
 
-CROP_AND_FLIP = {"cifar10": (4, True), "cifar100": (4, True), "digits": (0, False), "imagenet": (0, False)}  # ImageNet's loader crops and flips
+CROP_AND_FLIP = {"cifar10": (4, True), "cifar100": (4, True), "fake": (4, True)}  # the loader of pictures crops and flips them itself
 
 
 def main() -> None:
@@ -938,7 +889,7 @@ def main() -> None:
     machine = common.start_machine(args.device, args.amp, args.seed)
     checkpoint = Path(args.run_dir or "") / "checkpoint.pt"
     named = args.weights is not None and args.weights != common.argument_of_run(checkpoint.parent, "weights")  # to evaluate something else
-    use_run = args.run_dir and checkpoint.is_file() and (args.resume or (args.evaluate and not named))
+    use_run = common.has_checkpoint(args.run_dir) and (args.resume or (args.evaluate and not named))
     in_place = bool(use_run and args.evaluate)  # the run's own directory is evaluated again
     if args.evaluate and not in_place and not args.weights:
         missing = f"{checkpoint} does not exist" if args.run_dir else "--evaluate needs something to evaluate"
@@ -949,37 +900,66 @@ def main() -> None:
         raise InputError(f"--eval-split {args.eval_split} would overwrite the results of {args.run_dir}: evaluate --weights {checkpoint} instead")
     method = args.policy
     if args.evaluate and not in_place:
-        file = Path(args.weights)  # a run's checkpoint goes by the name of its directory
+        file = Path(args.weights)  # a run's checkpoint goes by the name of its directory, a published one by its own
         method = f"{file.resolve().parent.name}-{file.stem}" if file.name in ("checkpoint.pt", "best.pt") else file.stem
+        method = args.weights if args.weights in common.PUBLISHED_WEIGHTS else method
 
     # Data: everything is read, or its folders checked, before the first file is written.
-    sets = load_sets(args.dataset, args.data_root, args.num_train, args.validation, args.eval_split, args.seed, args.evaluate, args.dry_run)
+    if args.eval_split == "val" and not args.validation:
+        raise InputError("--eval-split val needs validation images that are not trained on: add --validation")
+    sets = common.load_sets(
+        args.dataset,
+        args.data_root,
+        machine,
+        split=args.eval_split,
+        validation=args.validation,
+        train=not args.evaluate,
+        generate=args.generate_corruptions,
+        corrupted_directory=args.corruptions_path,
+        fake_shape=args.fake_shape,
+        dry_run=args.dry_run,
+    )
+    if args.num_train and sets.train is not None and not args.dry_run:
+        labels = sets.train.labels if isinstance(sets.train, common.Folder) else sets.train[1].cpu()
+        chosen = balanced_subset(labels, args.num_train, args.seed)
+        part = sets.train.part(chosen) if isinstance(sets.train, common.Folder) else tuple(tensor[chosen] for tensor in sets.train)
+        sets = sets._replace(train=part)
+    shifted = shifted_sets(args.dataset, args.eval_split, args.data_root, args.dry_run)
+    perturbed, notes = find_perturbed(args.dataset, args.eval_split, args.data_root)
     n_train, n_test = common.count_images(sets.train), common.count_images(sets.test)
     if args.dry_run:
         args.batch_size, args.epochs = min(args.batch_size, 16), 2
-    args.batch_size = min(args.batch_size, n_train or n_test)  # a small set of one's own: the whole of it is a batch
+    args.batch_size = min(args.batch_size, n_train or args.batch_size)  # a small set of one's own: the whole of it is a batch
     if args.batch_size < machine.world_size:
         raise InputError(f"a batch of {args.batch_size} is smaller than the {machine.world_size} processes: raise --batch-size")
+    largest = -(-args.batch_size // machine.world_size)  # images of a rank, and so one policy's views there
+    if args.view_batch and args.view_batch < largest:
+        raise InputError(
+            f"--view-batch {args.view_batch} is smaller than one policy's {largest} views: raise it, lower --batch-size, or use more processes"
+        )
     steps_per_epoch = 1 if args.dry_run else n_train // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     workers = 0 if args.dry_run else min(args.workers, (os.cpu_count() or 1) // machine.world_size)
     replayed = read_policies(args.replay, args.epochs, args.M, args.Q) if args.policy == "replay" and not args.evaluate else None
     directory = Path(args.run_dir) if in_place else common.run_directory(SCRIPT, vars(args), method, machine)
-    saved = common.load_tensors(checkpoint, "remove the directory to start afresh") if use_run else None
+    saved = common.read_checkpoint(directory, "remove the directory to start afresh") if use_run else None
     # What a run cannot change when it is continued: the meaning of its history, its place in the schedule, its images.
     fixed = {key: getattr(args, key) for key in ("dataset", "model", "policy", "seed", "M", "Q", "batch_size", "epochs", "num_train", "eval_split")}
-    if saved is not None and (not isinstance(saved, dict) or saved.get("script") != "advaa"):
+    fixed["view_batch"] = bool(args.view_batch)
+    if saved is not None and saved.get("script") != "advaa":
         raise InputError(f"{checkpoint} holds no run of {SCRIPT}: choose another --run-dir, or evaluate it with --weights")
-    changed = [f"--{key.replace('_', '-')} was {saved['fixed'][key]}" for key in fixed if saved["fixed"][key] != fixed[key]] if saved else []
-    if changed:
-        raise InputError(f"{checkpoint} is of a run with other settings ({', '.join(changed)}): leave them as they were, or choose another --run-dir")
+    if saved is not None:
+        common.check_run(saved, checkpoint, step=int, epoch=int, history=list, records=list, best=dict, finished=bool, fixed=dict)
+        common.check_unchanged(saved, fixed, checkpoint)
 
     # Models.
     classifier = common.build_model(args.model, sets.num_classes, args.dataset)
     common.check_input_size(classifier, args.model, sets.size)
-    final = checkpoint if use_run else Path(args.weights) if args.weights else None
-    if final is not None:
-        common.load_weights(classifier, final)
+    final = checkpoint if use_run else None
+    if saved is not None:
+        common.load_content(classifier, saved, checkpoint)
+    elif args.weights:
+        final = common.load_checkpoint(classifier, args.weights, machine, args.dry_run)
     classifier.to(machine.device, memory_format=machine.weight_layout)
     optimizer = torch.optim.SGD(classifier.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
     scaler = common.grad_scaler(machine)
@@ -995,6 +975,8 @@ def main() -> None:
     history: list[dict] = []
     records: list[dict] = []  # the lines of policies.jsonl
     best = {"val_error": math.inf}
+    place, policies, entropies = common.EPOCH_START, None, None  # within an epoch: its policies (M, Q, 2, 2), the same on every rank
+    totals = torch.zeros(args.M + 2)  # sums over the epoch: loss of each policy; right views, views
 
     # What the run's directory holds already.
     if saved is not None:
@@ -1004,19 +986,18 @@ def main() -> None:
             results = common.read_results(directory)
             if machine.is_main:
                 print(f"{directory} holds a finished run:")
-                print_results(results, directory)
+                with common.reading_run(directory / "results.json", "evaluate the run again with --evaluate"):
+                    print_results(results, directory)
             return
-        try:
+        with common.continues(checkpoint):
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved["scaler"])
             controller.load_state_dict(saved["controller"])
             controller_optimizer.load_state_dict(saved["controller_optimizer"])
-            generator.set_state(saved["generator"])
+            place = common.restore_place(saved, generator)
             policy_generator.set_state(saved["policy_generator"])
-            if machine.is_main:  # whose state it is; the other ranks' draws go on from their seeds
-                common.restore_random_state(saved["random_state"], machine)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{checkpoint} does not continue here: {error}; use the settings that it was begun with") from error
+            common.restore_random_states(saved["random_states"], machine)
+            policies, entropies, totals = saved["policies"], saved["entropies"], saved["totals"]
     arguments = vars(args) | {"run_dir": str(directory)}
     del arguments["local_rank"]
     run = common.Run(directory, machine, None if in_place else arguments, step if saved else None, started)
@@ -1025,40 +1006,42 @@ def main() -> None:
         count = sum(parameter.numel() for parameter in classifier.parameters())
         print(f"{n_train} training images, {steps_per_epoch} steps of {args.batch_size} images × {args.M} views per epoch; {n_test} test images")
         print(f"{args.model}: {count:,} parameters" + (f", from {final}" if final else ""))
-        for note in sets.notes:
+        for note in sets.notes + notes:
             print(f"note: {note}")
         if args.resume and saved is None:
             print(f"{directory} holds no checkpoint: starting afresh")
 
-    def checkpoint_state(finished: bool) -> dict:
-        state = {"script": "advaa", "method": method, "finished": finished, "step": step, "epoch": epoch, "records": records}
-        state |= {
-            "fixed": fixed,
-            "history": history,
-            "state_dict": classifier.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "best": best,
-        }
+    def checkpoint_state(batches: int = 0, finished: bool = False) -> dict:
+        """After so many batches of the epoch; on every rank alike but for the random states, which are gathered."""
+        state = {"script": "advaa", "method": method, "fixed": fixed, "finished": finished}
+        state |= {"step": step, "epoch": epoch, "history": history, "records": records, "best": best}
+        state |= {"state_dict": classifier.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         state |= {"controller": controller.state_dict(), "controller_optimizer": controller_optimizer.state_dict()}
-        return state | {"generator": generator_state, "policy_generator": policy_generator.get_state(), "random_state": random_state}
+        state |= {"batches": batches, "epoch_start": epoch_start, "generator": generator.get_state(), "totals": machine.all_sum(totals.clone()).cpu()}
+        state |= {"policies": policies, "entropies": entropies, "policy_generator": policy_generator.get_state()}
+        return state | {"random_states": common.random_states(machine)}
 
     # Training.
     if args.compile:
         classifier.compile()  # in place: the keys of its state dict stay
     train_classifier = common.distribute(classifier, machine)
-    generator_state, random_state = generator.get_state(), common.random_state(machine)  # at the end of the last epoch
-    crop, flip = CROP_AND_FLIP[args.dataset]
+    epoch_start = saved["epoch_start"] if place.batches else generator.get_state()
+    totals = totals.to(machine.device) * machine.is_main  # a checkpoint's are those of all ranks
+    crop, flip = CROP_AND_FLIP.get(args.dataset, (0, False))
     in_memory = isinstance(sets.train, tuple)
-    train_images, train_labels = (part.to(machine.device) for part in sets.train) if in_memory else (None, None)
+    train_images, train_labels = sets.train if in_memory else (None, None)
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """One shuffled epoch: a pool of uint8 images, which of them are this rank's, and their labels."""
+        """What is left of a shuffled epoch: a pool of uint8 images, which of them are this rank's, and their labels."""
         if in_memory:
-            for index in common.epoch_batches(n_train, args.batch_size, generator).to(machine.device):
+            numbers = common.epoch_batches(n_train, args.batch_size, generator).to(machine.device)
+            place.restore(generator)
+            for index in numbers[place.batches :]:
                 yield train_images[index], machine.own_rows(torch.arange(args.batch_size)), machine.own_rows(train_labels[index])
         else:
-            for images, labels in sets.train.random_batches(args.batch_size, generator, workers, machine):
+            pictures = sets.train.random_batches(args.batch_size, generator, workers, machine, start=place.batches)
+            place.restore(generator)
+            for images, labels in pictures:
                 yield images, torch.arange(len(images)), labels
 
     def sample_ops(policies: torch.Tensor | None, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1072,10 +1055,11 @@ def main() -> None:
 
     epochs = 0 if args.evaluate else args.epochs
     progress = tqdm(total=epochs * steps_per_epoch, initial=step, desc=f"train {method}", unit="step", disable=not machine.is_main or not epochs)
+    pace = common.Pace(args.checkpoint_minutes, args.log_every, machine)
     while epoch < epochs:
-        # The epoch's policies (M, Q, 2, 2), the same on every rank.
-        policies, entropies = None, None
-        if args.policy == "advaa":
+        if place.batches:
+            pass  # the epoch's policies came with the checkpoint
+        elif args.policy == "advaa":
             with torch.no_grad():
                 policies, _, entropies = controller(count=args.M, generator=policy_generator)
         elif args.policy == "random":
@@ -1088,7 +1072,8 @@ def main() -> None:
             dist.broadcast_object_list(shared)
             policies = shared[0]
         classifier.train()
-        totals = torch.zeros(args.M + 2, device=machine.device)  # sums over the epoch: loss of each policy; right views, views
+        pace.begin()
+        done = place.batches
         for pool, rows, labels in batches():
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * lr_factor(args.lr_schedule, step, total_steps)
@@ -1097,19 +1082,26 @@ def main() -> None:
             own = Views(*(machine.own_rows(part.transpose(0, 1)).transpose(0, 1) for part in views))  # each rank its images
             if len(pool) < args.batch_size:  # pictures from disk: partners are those of this rank
                 own = own._replace(partners=other_images(own.partners, len(pool)))
-            images = common.to_float(augment(pool, rows, own, args.cutout))  # (M·b, 3, H, W)
-            with machine.autocast():
-                logits = train_classifier(machine.layout(images)).float()
-            labels = labels.repeat(args.M)
-            losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=args.label_smoothing)
+            images = augment(pool, rows, own, args.cutout)  # (M·b, 3, H, W)
+            parts = args.M if args.view_batch else 1  # policy by policy, or all views at once
+            losses, right = [], []
             optimizer.zero_grad()
-            # DDP averages over ranks, hence the world size.
-            scaler.scale(losses.sum() * machine.world_size / (args.M * args.batch_size)).backward()
+            for index, part in enumerate(images.chunk(parts)):
+                wait = machine.world_size > 1 and index < parts - 1  # gradients are averaged over ranks once, with the last part
+                with train_classifier.no_sync() if wait else contextlib.nullcontext():
+                    with machine.autocast():
+                        logits = train_classifier(machine.layout(common.to_float(part))).float()
+                    part_labels = labels.repeat(args.M // parts)
+                    part_losses = F.cross_entropy(logits, part_labels, reduction="none", label_smoothing=args.label_smoothing)
+                    # DDP averages over ranks, hence the world size.
+                    scaler.scale(part_losses.sum() * machine.world_size / (args.M * args.batch_size)).backward()
+                losses.append(part_losses.detach())
+                right.append((logits.detach().argmax(1) == part_labels).sum())
             scaler.step(optimizer)
             scaler.update()
-            right = (logits.detach().argmax(1) == labels).sum()
-            totals += torch.cat([losses.detach().view(args.M, -1).sum(1), torch.stack([right, torch.full_like(right, len(labels))])])
-            step += 1
+            losses, right = torch.cat(losses), sum(right)
+            totals += torch.cat([losses.view(args.M, -1).sum(1), torch.stack([right, torch.full_like(right, len(losses))])])
+            step, done = step + 1, done + 1
             if step % args.log_every == 0:
                 shown = epoch_figures(common.finite_totals(machine.all_sum(totals.clone()), step, args.lr, directory))
                 del shown["losses"]
@@ -1118,6 +1110,9 @@ def main() -> None:
                 progress.update(step - progress.n)
             if args.dry_run:
                 break
+            if done < steps_per_epoch and pace.due(step):
+                common.save_run(checkpoint_state(done), directory, machine)
+                pace.saved()
         epoch += 1
         figures = epoch_figures(common.finite_totals(machine.all_sum(totals), step, args.lr, directory))
         if policies is not None:
@@ -1142,30 +1137,36 @@ def main() -> None:
             figures["val_error"] = 100 - common.evaluate_models([classifier], sets.val, args.test_batch_size, workers, machine)[0]["top1_accuracy"]
         history.append({"epoch": epoch} | figures)
         run.log(step, **history[-1])
-        generator_state, random_state = generator.get_state(), common.random_state(machine)
+        place, totals, policies, entropies, epoch_start = common.EPOCH_START, torch.zeros_like(totals), None, None, generator.get_state()
         if machine.is_main:
             if figures.get("val_error", math.inf) < best["val_error"]:
                 best = {"epoch": epoch, "val_error": figures["val_error"]}
                 common.save_atomically(best | {"state_dict": classifier.state_dict()}, directory / "best.pt")
-            if epoch % args.checkpoint_every == 0 or epoch == epochs:
-                common.save_atomically(checkpoint_state(False), directory / "checkpoint.pt")
             if records:
                 common.write_text(directory / "policies.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        due = pace.due(step, now=True)
+        if due or epoch % args.checkpoint_every == 0 or epoch == epochs:
+            common.save_run(checkpoint_state(), directory, machine)
+        if due:
+            pace.saved()
+        pace.end()
     progress.update(step - progress.n)
     progress.close()
 
     # The test set is read once, here.
     clean = common.evaluate_models([classifier], sets.test, args.test_batch_size, workers, machine)[0]
-    shifted = {
+    shifted_errors = {
         name: 100 - common.evaluate_models([classifier], data, args.test_batch_size, workers, machine)[0]["top1_accuracy"]
-        for name, data in sets.shifted.items()
+        for name, data in shifted.items()
     }
-    corruptions = {}
-    if sets.corrupted is not None:
-        accuracies = common.evaluate_corruptions([classifier], sets.corrupted, args.test_batch_size, workers, machine)[0]
-        corruptions = {name: 100 - sum(values) / len(values) for name, values in accuracies.items()}
+    corruptions, extra = {}, {}
+    if sets.corruptions is not None:
+        accuracies = common.evaluate_corruptions([classifier], sets.corruptions, args.test_batch_size, workers, machine)[0]
+        errors = {name: 100 - sum(values) / len(values) for name, values in accuracies.items()}
+        corruptions = {name: errors[name] for name in sets.corruptions.names}
         corruptions["mean"] = sum(corruptions.values()) / len(corruptions)
-    flips = {} if sets.perturbed is None else evaluate_flips(classifier, sets.perturbed, machine, args.dry_run)
+        extra = {name: errors[name] for name in sets.corruptions.extra}
+    flips = {} if perturbed is None else evaluate_flips(classifier, perturbed, machine, args.dry_run)
     entropy = [entry["entropy"] for entry in history if "entropy" in entry]
     results = {
         "script": SCRIPT,
@@ -1175,10 +1176,10 @@ def main() -> None:
         "seed": args.seed,
         "n_train": n_train,
         "n_eval": n_test,
-        "protocol": protocol_line(args.dataset, args.eval_split, sets, epoch, args.epochs, args.M),
+        "protocol": protocol_line(args.dataset, args.model, args.eval_split, sets, shifted, epoch, args.epochs, args.M),
         "top1_error": 100 - clean["top1_accuracy"],
         "top5_error": 100 - clean["top5_accuracy"],
-        "shifted": shifted,
+        "shifted": shifted_errors,
         "corruptions": corruptions,
         "controller": {
             "entropy_first": entropy[0] if entropy else None,
@@ -1186,6 +1187,7 @@ def main() -> None:
             "collapsed": bool(entropy) and min(entropy) < COLLAPSED,
         },
     }
+    results |= {"extra_corruptions": extra} if extra else {}
     results |= {"flip_probability": flips} if flips else {}
     results |= {"best_on_validation": best} if "epoch" in best else {}
     if in_place:  # the times stay those of the run, where it had finished
@@ -1200,9 +1202,9 @@ def main() -> None:
             shown = common.gather_images(sets.train, 6, 0, machine)[0]
             numbered = {f"epoch {record['epoch']}": policies_of(record) for record in (records[0], records[-1])} if records else {"every epoch": None}
             grids = {}
-            for label, policies in numbered.items():
+            for label, drawn in numbered.items():
                 draws = torch.Generator().manual_seed(0)
-                ops, values = sample_ops(policies, len(shown), draws)
+                ops, values = sample_ops(drawn, len(shown), draws)
                 views = sample_views(ops[:8], values[:8], crop, flip, sets.size, draws)
                 grids[label] = augment(shown, torch.arange(len(shown)), views, args.cutout).view(-1, *shown.shape)
             draw_views(directory / "views.png", shown, grids, title)
@@ -1210,8 +1212,8 @@ def main() -> None:
             draw_policies(directory / "policies.png", records, title)
     run.log(step, test_error=results["top1_error"], **({"test_corruptions": corruptions["mean"]} if corruptions else {}))
     results = run.finish(results)
-    if machine.is_main and not args.evaluate:
-        common.save_atomically(checkpoint_state(True), directory / "checkpoint.pt")
+    if not args.evaluate:
+        common.save_run(checkpoint_state(finished=True), directory, machine)
     if machine.is_main:
         print_results(results, directory)
 
@@ -1238,16 +1240,12 @@ def epoch_figures(totals: list[float]) -> dict:
     return {"loss": sum(losses) / count, "accuracy": 100 * right / count, "losses": [loss / per_policy for loss in losses]}
 
 
-def protocol_line(dataset: str, split: str, sets: Sets, epoch: int, epochs: int, M: int) -> str:
+def protocol_line(dataset: str, model: str, split: str, sets: common.Sets, shifted: dict[str, Data], epoch: int, epochs: int, M: int) -> str:
     """One line that says how the figures were measured; epoch is 0 for a checkpoint of which nothing more is known."""
     parts = [f"{dataset} {split} ({common.count_images(sets.test)} images)"]
-    if "modified" in sets.shifted:
-        parts.append(f"modified digits made from them ({common.count_images(sets.shifted['modified'])} images)")
-    if sets.corrupted is not None:
-        made = "generated from them" if dataset == "digits" else "as published"
-        parts.append(f"{'digits' if dataset == 'digits' else dataset.replace('cifar', 'CIFAR-')}-C {made}, 15 corruptions x severities 1-5")
-    statistics = "ImageNet's mean and std" if dataset == "imagenet" else "0.5/0.5"
-    line = f"{', '.join(parts)}; top-1 error (%), mean over severities; inputs normalised by {statistics}"
+    parts += [f"modified {dataset} made from them ({common.count_images(data)} images)" for data in shifted.values()]
+    parts += [sets.corruptions.protocol] if sets.corruptions else []
+    line = f"{', '.join(parts)}; top-1 error (%), mean over severities; inputs normalised by {common.normalisation(dataset, model)}"
     if not epoch:
         return line
     trained = f"epoch {epoch} of" if epoch < epochs else "the last of"
@@ -1259,6 +1257,7 @@ def print_results(results: dict, directory: Path) -> None:
     print(f"\n{results['method']} ({results['model']}), error (%)\n")
     rows = {"clean, top-1": results["top1_error"], "clean, top-5": results["top5_error"]} | results["shifted"]
     rows |= {f"  {name}" if name != "mean" else "corruptions, mean": error for name, error in results["corruptions"].items()}
+    rows |= {f"  {name} (extra)": error for name, error in results.get("extra_corruptions", {}).items()}
     rows |= {f"flips, {name}": probability for name, probability in results.get("flip_probability", {}).items()}
     for name, error in rows.items():
         print(f"{name:24s}{error:8.2f}")

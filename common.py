@@ -1,23 +1,25 @@
 """What the scripts of CleanAug share. Read it in this order:
 
     constants     data sets, corruptions, paths, InputError
-    data          load_split, digits, modified digits, CIFAR and CIFAR-C, batches, affine_warp, mild_augmentation
-    folders       Folder: class folders of pictures such as ImageNet's, check_classes, image_batches, gather_images
+    data          load_split, digits, modified digits, MNIST, CIFAR, their corrupted sets, CheXpert, batches, affine_warp
+    folders       Folder: pictures on disk such as ImageNet's, class_folder, imagenet_c, plain_batches, image_batches
+    sets          load_sets: what a run needs of a data set, whatever its kind
     corruptions   CORRUPTIONS, corrupt, contact_sheet
     models        ResNeXt-29, Wide ResNet, Shake-Shake, PyramidNet with ShakeDrop, ResNet-50-D and -200, build_model,
-                  load_weights, digits' and ImageNet's weights, download
-    machine       device, mixed precision, processes, seeds
-    checkpoints   atomic files
+                  load_weights, digits' and ImageNet's weights, published checkpoints, download
+    machine       device, mixed precision, processes, seeds, signals
+    checkpoints   atomic files, the one before the newest, continuing
     evaluation    predict_logits, evaluate, evaluate_folder, evaluate_models, evaluate_corruptions
     results       command line, run directory, logs, results.json, the table over seeds
 
 Nothing happens on import. As a program it prints a Markdown table of mean ± std over seeds, trains a classifier for
-digits, draws what the corruptions look like, or gets a data set:
+digits, draws what the corruptions look like, or gets a data set or a published checkpoint:
 
     python common.py RUN_DIR [RUN_DIR ...]
     python common.py --train-weights resnext
     python common.py --contact-sheet out.png
-    python common.py --download CIFAR-10-C
+    python common.py --download cifar10-c
+    python common.py --download gretta-resnext
 """
 
 import argparse
@@ -26,26 +28,34 @@ import copy
 import functools
 import hashlib
 import http.client
+import io
 import json
 import math
 import os
+import pickle
+import pickletools
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -54,21 +64,62 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent
 WEIGHTS = ROOT / "weights"
 
-NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
-
-# Archives that `python common.py --download NAME` gets: address, md5, and the folder that each unpacks to
-ARCHIVES = {
-    "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "cifar-10-batches-py"),
-    "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", "cifar-100-python"),
-    "CIFAR-10-C": ("https://zenodo.org/record/2535967/files/CIFAR-10-C.tar", "56bf5dcef84df0e2308c6dcbcbbd8499", "CIFAR-10-C"),
-    "CIFAR-10-P": ("https://zenodo.org/record/2535967/files/CIFAR-10-P.tar", "125d6775afc5846ea84584d7524dedff", "CIFAR-10-P"),
-    "CIFAR-100-C": ("https://zenodo.org/record/3555552/files/CIFAR-100-C.tar", "11f0ed0f1191edbf9fa23466ae6021d3", "CIFAR-100-C"),
-}
+NUM_CLASSES = {"digits": 10, "mnist": 10, "cifar10": 10, "cifar100": 100}  # the sets that fit in memory
 SPLITS = ("train", "val", "test")
+
+# What `python common.py --download NAME` gets: the folder under --data-root to unpack in, and the files: address, md5, what the archive holds
+ZENODO, MNIST_MIRROR = "https://zenodo.org/record/", "https://ossci-datasets.s3.amazonaws.com/mnist/"
+ARCHIVES = {
+    "cifar10": ("", [("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", ["cifar-10-batches-py"])]),
+    "cifar100": ("", [("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", ["cifar-100-python"])]),
+    "cifar10-c": ("", [(f"{ZENODO}2535967/files/CIFAR-10-C.tar", "56bf5dcef84df0e2308c6dcbcbbd8499", ["CIFAR-10-C"])]),
+    "cifar10-p": ("", [(f"{ZENODO}2535967/files/CIFAR-10-P.tar", "125d6775afc5846ea84584d7524dedff", ["CIFAR-10-P"])]),
+    "cifar100-c": ("", [(f"{ZENODO}3555552/files/CIFAR-100-C.tar", "11f0ed0f1191edbf9fa23466ae6021d3", ["CIFAR-100-C"])]),
+    "imagenet-c": (
+        "imagenet-c",
+        [
+            (f"{ZENODO}2235448/files/noise.tar", "e80562d7f6c3f8834afb1ecf27252745", ["gaussian_noise", "shot_noise", "impulse_noise"]),
+            (f"{ZENODO}2235448/files/blur.tar", "2d8e81fdd8e07fef67b9334fa635e45c", ["defocus_blur", "glass_blur", "motion_blur", "zoom_blur"]),
+            (f"{ZENODO}2235448/files/weather.tar", "33ffea4db4d93fe4a428c40a6ce0c25d", ["snow", "frost", "fog", "brightness"]),
+            (
+                f"{ZENODO}2235448/files/digital.tar",
+                "89157860d7b10d5797849337ca2e5c03",
+                ["contrast", "elastic_transform", "pixelate", "jpeg_compression"],
+            ),
+            (f"{ZENODO}2235448/files/extra.tar", "d492dfba5fc162d8ec2c3cd8ee672984", ["speckle_noise", "gaussian_blur", "spatter", "saturate"]),
+        ],
+    ),
+    "mnist": (
+        "MNIST/raw",
+        [
+            (f"{MNIST_MIRROR}train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873", ["train-images-idx3-ubyte.gz"]),
+            (f"{MNIST_MIRROR}train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432", ["train-labels-idx1-ubyte.gz"]),
+            (f"{MNIST_MIRROR}t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3", ["t10k-images-idx3-ubyte.gz"]),
+            (f"{MNIST_MIRROR}t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c", ["t10k-labels-idx1-ubyte.gz"]),
+        ],
+    ),
+    "mnist-c": ("", [(f"{ZENODO}3239543/files/mnist_c.zip", "4b34b33045869ee6d424616cd3a65da3", ["mnist_c"])]),
+}
 
 
 class InputError(ValueError):
-    """Bad input: the message is one line that says what is wrong, where, and what to do. `run_script` turns it into exit code 2."""
+    """Bad input: the message is one line that says what is wrong, where, and what to do. `run_script` turns it into exit code 2.
+
+    What a message quotes of a file or of a library may hold anything: it becomes one line of characters that can be printed.
+    """
+
+    def __init__(self, message: object = ""):
+        super().__init__(one_line(str(message)))
+
+
+def one_line(text: str) -> str:
+    """Text without line breaks and control characters; where it is very long, its ends, which name the file and say what to do."""
+    text = text if len(text) <= 4000 else f"{text[:2000]} … {text[-2000:]}"
+    return "".join(char if char.isprintable() else " " if char.isspace() else ascii(char)[1:-1] for char in text)
+
+
+class MissingData(InputError):
+    """A set is not on disk, rather than damaged or half there."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,18 +127,46 @@ class InputError(ValueError):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_split(dataset: str, split: str, data_root: str | Path = "data") -> tuple[torch.Tensor, torch.Tensor]:
+def load_split(dataset: str, split: str, data_root: str | Path = "data", download: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (N, 3, H, W) uint8 and labels (N,) int64 of one split of a set that fits in memory.
 
-    dataset: "digits", "cifar10", "cifar100"; split: "train", "val" or "test". Raises InputError where the files are missing or damaged.
+    dataset: "digits", "mnist", "cifar10" or "cifar100", the last three downloaded where they are missing (`download`); or "mnist-c", "cifar10-c",
+    "cifar100-c": every corruption at every severity, one after the other, test only. split: "train", "val" or "test"; MNIST and CIFAR have no
+    published validation part: every tenth training image of each class is "val", the others are "train". Raises InputError where the files are
+    missing or damaged.
     """
     if split not in SPLITS:
         raise InputError(f"unknown split '{split}': choose from {', '.join(SPLITS)}")
     if dataset == "digits":
         return load_digits(split, data_root)
-    if dataset in ("cifar10", "cifar100"):
-        return load_cifar(dataset, split, data_root)
-    raise InputError(f"unknown data set '{dataset}': choose {', '.join(NUM_CLASSES)}")
+    if dataset in ("cifar10-c", "cifar100-c", "mnist-c"):
+        if split != "test":
+            raise InputError(f"{dataset} has no '{split}' split: it is a test set")
+        corruptions = corruption_files(dataset.removesuffix("-c"), data_root)
+        parts = [corruptions.read(name, severity) for name in corruptions.names for severity in corruptions.severities]
+        return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+    if dataset not in NUM_CLASSES:
+        raise InputError(f"unknown data set '{dataset}': choose {', '.join(NUM_CLASSES)}")
+    if download and dataset in ARCHIVES:
+        fetch(dataset, data_root)
+    images, labels = load_mnist(split, data_root) if dataset == "mnist" else load_cifar(dataset, split, data_root)
+    if len(labels) == 0:
+        raise InputError(f"{dataset} in {data_root} has no {split} images: get it again")
+    if labels.min() < 0 or labels.max() >= NUM_CLASSES[dataset]:
+        raise InputError(f"{dataset} in {data_root} has labels {labels.min()}..{labels.max()}, not 0..{NUM_CLASSES[dataset] - 1}: get it again")
+    if split == "test":
+        return images, labels
+    chosen = held_out(labels) if split == "val" else ~held_out(labels)
+    return images[chosen], labels[chosen]
+
+
+def held_out(labels: torch.Tensor) -> torch.Tensor:
+    """Which training images are kept for validation, (N,) bool: every tenth of each class; of a tiny set, which has no tenth, the last."""
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        chosen[(labels == label).nonzero()[9::10, 0]] = True
+    chosen[-1] |= not chosen.any()
+    return chosen
 
 
 def load_digits(split: str, data_root: str | Path = "data") -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,7 +178,11 @@ def load_digits(split: str, data_root: str | Path = "data") -> tuple[torch.Tenso
     file = find_data("digits.npz", data_root)
     try:
         with np.load(file, allow_pickle=False) as archive:
+            if sum(member.file_size for member in archive.zip.infolist()) > 2**20:  # the set has 120 kB: a bomb ends here
+                raise ValueError("it holds more than the set")
             images, labels, splits = archive["images"], archive["labels"], archive["split"]
+        if {images.dtype, labels.dtype, splits.dtype} != {np.dtype(np.uint8)}:
+            raise ValueError(f"images {images.dtype}, labels {labels.dtype}, split {splits.dtype}")
         if images.shape != (1797, 8, 8) or labels.shape != (1797,) or splits.shape != (1797,):
             raise ValueError(f"images {images.shape}, labels {labels.shape}, split {splits.shape}")
         if set(labels.tolist()) != set(range(10)) or set(splits.tolist()) != {0, 1, 2} or not 0 <= images.min() <= images.max() <= 16:
@@ -114,55 +197,272 @@ def load_digits(split: str, data_root: str | Path = "data") -> tuple[torch.Tenso
     return images, torch.from_numpy(labels[chosen].astype(np.int64))
 
 
+class PickledArray:
+    """What a pickle says of an array, none of which numpy is trusted with: it would follow pointers in the bytes of an object array."""
+
+    def __init__(self, *content: object):
+        self.content = content
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, tuple) and len(state) == 5:  # of an array: version, shape, type, Fortran order, bytes
+            self.content = (state[4], state[2], state[1], state[3])
+
+    def pixels(self) -> np.ndarray:
+        """The array, if it is of uint8."""
+        content, kind, shape, fortran = self.content
+        if not isinstance(kind, PickledArray) or kind.content[0] not in ("u1", "uint8"):
+            raise ValueError("its data is not uint8")
+        content = content.encode("latin1") if isinstance(content, str) else content  # pickled by Python 2
+        return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran in (True, "F") else "C").copy()
+
+
+class CifarUnpickler(pickle.Unpickler):
+    """Unpickles dicts, lists and strings, and arrays as PickledArray; whatever else a pickle names is refused, so no code in it is ever run."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if module.startswith("numpy") and name in ("_reconstruct", "_frombuffer", "ndarray", "dtype"):
+            return PickledArray
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 pickles bytes for Python 2
+            return encode_latin1
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and no code is unpickled")
+
+
+def encode_latin1(text: str, *_: object) -> bytes:
+    return text.encode("latin1")
+
+
+def unpickle_cifar(content: bytes) -> dict:
+    """What one of CIFAR's pickles holds. Raises ValueError, before anything is unpickled, for one built to use up memory or time."""
+    made, kept, memo = 0, set(), 0  # tuples made, the numbers they are kept under, how many numbers there are
+    last = ""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        name = opcode.name
+        made += name.startswith("TUPLE")
+        number = memo if name == "MEMOIZE" else argument
+        if "PUT" in name or name == "MEMOIZE":
+            memo += 1
+            kept |= {number} if last.startswith("TUPLE") else set()
+        # CIFAR's pickles take a third of these steps, and have some ten tuples that occur once: to hash one within another within another, each
+        # twice, would take for ever. A large number of a PUT would make the unpickler allocate room for all those below it.
+        strange = name in ("DUP", "FROZENSET") or ("PUT" in name and number > len(content)) or ("GET" in name and number in kept)
+        if strange or made > 40 or count > 2**20:
+            raise ValueError(f"{name} at step {count}: not as CIFAR is pickled")
+        last = name
+    return CifarUnpickler(io.BytesIO(content), encoding="latin1").load()
+
+
 def load_cifar(dataset: str, split: str, data_root: str | Path = "data") -> tuple[torch.Tensor, torch.Tensor]:
-    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009): uint8 (N, 3, 32, 32) and int64 (N,); 45,000 training, 5,000 validation, 10,000 test images.
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) as published: all training or all test images, uint8 (N, 3, 32, 32), and labels int64 (N,).
 
-    The published training set has no validation part: every tenth image of each class is "val" here, the others are "train".
+    A file with as many images as published must have its md5. One with fewer (one's own part of the set, in the same format) is taken as it is.
     """
-    from torchvision import datasets
+    from torchvision.datasets import CIFAR10, CIFAR100  # their lists of files and checksums
 
-    name, folder = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}[dataset], ARCHIVES[dataset][2]
+    published = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
+    folder = Path(data_root) / published.base_folder
+    images, labels = [], []
+    for name, md5 in published.test_list if split == "test" else published.train_list:
+        file = folder / name
+        try:
+            if file.stat().st_size > 2**28:  # the largest has 155 MB
+                raise ValueError(f"it has {file.stat().st_size} bytes")
+            content = unpickle_cifar(file.read_bytes())
+            data = content["data"].pixels()
+            found = content["labels" if dataset == "cifar10" else "fine_labels"]
+            if type(found) is not list or not all(type(label) is int for label in found):
+                raise ValueError("its labels are no list of whole numbers")
+            if data.shape != (len(found), 3072):
+                raise ValueError(f"its data is {data.shape}, its labels are {len(found)}")
+            if len(found) >= (10_000 if dataset == "cifar10" or split == "test" else 50_000) and file_hash(file, "md5") != md5:
+                raise ValueError(f"its md5 is not {md5}")
+            labels.append(torch.tensor(found, dtype=torch.int64))
+            images.append(torch.from_numpy(data).view(-1, 3, 32, 32))
+        except Exception as error:  # a damaged pickle raises anything
+            what = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise InputError(f"{file} is missing or damaged ({what}): {how_to_get(dataset, data_root, folder)}") from error
+    return torch.cat(images), torch.cat(labels)
+
+
+def load_mnist(split: str, data_root: str | Path = "data") -> tuple[torch.Tensor, torch.Tensor]:
+    """MNIST (LeCun et al. 1998) as 3×32×32: all training or all test images, uint8 (N, 3, 32, 32), and labels int64 (N,).
+
+    The idx files, gzipped or not, lie in <data_root>/MNIST/raw (as torchvision has them), <data_root>/mnist or <data_root>. 28 px images get a
+    black border of 2 px.
+    """
+    kind = "t10k" if split == "test" else "train"
+    images, labels = read_idx(f"{kind}-images-idx3-ubyte", 3, data_root), read_idx(f"{kind}-labels-idx1-ubyte", 1, data_root)
+    if images.shape != (len(labels), 28, 28):
+        raise InputError(f"MNIST in {data_root} is damaged: {len(labels)} labels, images {images.shape}; {how_to_get('mnist', data_root)}")
+    return as_32_px(images), torch.from_numpy(labels.astype(np.int64))
+
+
+def as_32_px(images: np.ndarray) -> torch.Tensor:
+    """uint8 (N, 28, 28) → (N, 3, 32, 32), black around."""
+    return F.pad(torch.from_numpy(images), (2, 2, 2, 2))[:, None].repeat(1, 3, 1, 1)
+
+
+def mnist_file(name: str, data_root: str | Path) -> Path:
+    """Where one of MNIST's files lies, gzipped or not; else where it would be."""
+    folders = (Path(data_root) / "MNIST" / "raw", Path(data_root) / "mnist", Path(data_root))
+    files = [folder / f"{name.removesuffix('.gz')}{suffix}" for folder in folders for suffix in ("", ".gz")]
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def read_idx(name: str, dimensions: int, data_root: str | Path) -> np.ndarray:
+    """MNIST's format: two zero bytes, 8 for uint8, the number of dimensions, each as a big-endian 32-bit integer, then the values."""
+    import gzip
+
+    file = mnist_file(name, data_root)
     try:
-        data = getattr(datasets, name)(str(data_root), train=split != "test", download=False)  # checks md5 before it unpickles
-    except Exception as error:
-        raise InputError(
-            f"{Path(data_root) / folder} is missing or damaged: {how_to_get(dataset, data_root)}, or name another --data-root"
-        ) from error
-    images, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
-    if split == "test":
-        return images, labels
-    held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(NUM_CLASSES[dataset]):
-        held_out[(labels == label).nonzero()[9::10, 0]] = True
-    chosen = held_out if split == "val" else ~held_out
-    return images[chosen], labels[chosen]
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
+            content = stream.read(2**28)  # MNIST has 47 MB; a bomb ends here
+        shape = tuple(np.frombuffer(content, ">u4", dimensions, offset=4).tolist())
+        if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) != 4 + 4 * dimensions + math.prod(shape):
+            raise ValueError(f"its header says {shape}, it has {len(content)} bytes")
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f"{file} is missing or damaged ({error}): {how_to_get('mnist', data_root, file)}") from error
 
 
-def load_cifar_corruption(dataset: str, name: str, severity: int, data_root: str | Path = "data") -> tuple[torch.Tensor, torch.Tensor]:
-    """One severity of one corruption of CIFAR-10-C or CIFAR-100-C: uint8 (10000, 3, 32, 32) and int64 (10000,), in the test set's order.
+FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # the five of CheXpert's that are scored
 
-    The files are `<corruption>.npy`, (5·N, 32, 32, 3) uint8, severity after severity, and `labels.npy`, in <data_root>/CIFAR-10-C.
+
+def load_chexpert(data_root: str | Path, uncertain: str = "ones") -> tuple["Folder", "Folder"]:
+    """CheXpert (Irvin et al. 2019, arXiv 1901.07031), train.csv and valid.csv, with labels (N, 5) float of FINDINGS: 1, 0, or NaN for "ignore".
+
+    They lie in <data_root>/CheXpert-v1.0-small, …/CheXpert-v1.0, …/chexpert or data_root itself. An empty label counts 0; an uncertain one (-1) as
+    `uncertain` says: "ones", "zeros" or "ignore". Raises InputError for a csv that is missing, lacks columns or names pictures that are not there.
     """
-    directory = cifar_c(dataset, data_root)
-    images, labels = read_array(directory / f"{name}.npy"), read_array(directory / "labels.npy")
-    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) % 5 or labels.shape != images.shape[:1]:
-        raise InputError(f"{directory / name}.npy is {images.dtype} {images.shape} and labels.npy {labels.shape}: expected uint8 (5·N, 32, 32, 3)")
-    count = len(images) // 5
-    rows = slice((severity - 1) * count, severity * count)
-    return torch.from_numpy(images[rows].copy()).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels[rows].astype(np.int64))
+    import csv
+
+    root = Path(data_root)
+    if not (root / "train.csv").is_file():
+        root = first_directory(root, ("CheXpert-v1.0-small", "CheXpert-v1.0", "chexpert"))
+    values = {"1": 1.0, "0": 0.0, "": 0.0, "-1": {"ones": 1.0, "zeros": 0.0, "ignore": math.nan}[uncertain]}
+    folders = []
+    for name in ("train.csv", "valid.csv"):
+        file, labels, paths = root / name, [], []
+        try:
+            with open(file, newline="", encoding="utf-8") as stream:
+                rows = csv.DictReader(stream)
+                missing = [column for column in ("Path", *FINDINGS) if column not in (rows.fieldnames or ())]
+                if missing:
+                    raise InputError(f"{file} has no column {', '.join(missing)}: take CheXpert's own")
+                for row in rows:
+                    labels.append([values[(row[finding] or "").strip().removesuffix(".0")] for finding in FINDINGS])
+                    paths.append(row["Path"] or "")
+        except OSError as error:
+            advice = "CheXpert is had from https://stanfordmlgroup.github.io/competitions/chexpert; name its folder with --data-root"
+            raise MissingData(f"{file} is missing ({error.strerror}): {advice}") from error
+        except (KeyError, UnicodeDecodeError, csv.Error) as error:
+            what = f"a label is {error}, not 1, 0, -1 or empty" if isinstance(error, KeyError) else error
+            raise InputError(f"{file}, line {len(labels) + 2}: {what}") from error
+        if not paths:
+            raise InputError(f"{file} names no pictures: take CheXpert's own")
+        # Paths begin with the name of the published folder, whatever its name is here.
+        bases = [base for base in (root.parent, root) if os.path.isfile(base / paths[0])]
+        files = [str(bases[0] / path) for path in paths] if bases else [str(root.joinpath(*Path(path).parts[1:])) for path in paths]
+        absent = next((path for path in files if not os.path.isfile(path)), None)
+        if absent is not None:
+            raise InputError(f"{file} names {absent}, which is missing: unpack the pictures beside it")
+        folders.append(Folder(files, torch.tensor(labels)))
+    return folders[0], folders[1]
 
 
-def cifar_c(dataset: str, data_root: str | Path, kind: str = "C") -> Path:
-    """Where CIFAR-10-C, CIFAR-100-C or (kind "P") CIFAR-10-P lies, once unpacked."""
-    return Path(data_root) / f"{dataset.upper().replace('CIFAR', 'CIFAR-')}-{kind}"
+def split_patients(pictures: "Folder", proportion: float) -> tuple["Folder", "Folder"]:
+    """Pictures of `proportion` of the patients, drawn at random but always alike, and those of the others; a path names its patient."""
+    patients = [next((part for part in Path(os.fsdecode(file)).parts if part.startswith("patient")), os.fsdecode(file)) for file in pictures.files]
+    names = sorted(set(patients))
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = {names[number] for number in order[: min(max(1, round(proportion * len(names))), len(names) - 1)]}
+    inside = torch.tensor([patient in chosen for patient in patients])
+    return pictures.part(inside.nonzero()[:, 0]), pictures.part((~inside).nonzero()[:, 0])
 
 
-def read_array(file: Path) -> np.ndarray:
+def fake_images(count: int, num_classes: int, height: int, width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random pixels, uint8 (count, 3, height, width), and labels in turn, int64 (count,): for measuring speed and trying things out."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, 3, height, width), generator=generator, dtype=torch.uint8), torch.arange(count) % num_classes
+
+
+class Corruptions(NamedTuple):
+    """A corrupted test set. `read(name, severity)` makes or reads one part of it."""
+
+    read: Callable[[str, int], "Data"]
+    names: tuple[str, ...]  # the mean is taken over these
+    extra: tuple[str, ...]  # reported beside
+    severities: tuple[int, ...]
+    source: str
+
+    @property
+    def protocol(self) -> str:
+        severities = f" x severities 1-{len(self.severities)}" if len(self.severities) > 1 else ""
+        return f"{self.source}, {len(self.names)} corruptions{severities}"
+
+
+# Mu & Gilmer 2019, arXiv 1906.02337; one severity
+MNIST_C = (
+    *("shot_noise", "impulse_noise", "glass_blur", "motion_blur", "shear", "scale", "rotate", "brightness"),
+    *("translate", "stripe", "fog", "spatter", "dotted_line", "zigzag", "canny_edges"),
+)
+
+
+def corruption_files(
+    dataset: str, data_root: str | Path, clean_labels: torch.Tensor | None = None, directory: str | Path | None = None
+) -> Corruptions:
+    """CIFAR-10-C, CIFAR-100-C or MNIST-C as published, in `directory` (default: <data_root>/CIFAR-10-C and so on). Raises InputError for what is
+    damaged or not all there, MissingData where there is nothing.
+
+    CIFAR-C: `<corruption>.npy`, uint8 (5·N, 32, 32, 3), severity after severity, and `labels.npy` (5·N,), in the test set's order; the four extra
+    corruptions where they are there. MNIST-C: `<corruption>/test_{images,labels}.npy`, uint8 (N, 28, 28, 1). Arrays are mapped, not read; never
+    unpickled. clean_labels: the test set's, which those of a corrupted set of the same size must equal.
+    """
+    published = {"mnist": "MNIST-C", "cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}[dataset]
+    directory = Path(directory or Path(data_root) / ARCHIVES[f"{dataset}-c"][1][0][2][0])
+    again = how_to_get(f"{dataset}-c", data_root, directory)
+    if not directory.is_dir():
+        raise MissingData(f"{directory} is missing: {again}")
+    names, severities = (MNIST_C, (1,)) if dataset == "mnist" else (CORRUPTIONS, (1, 2, 3, 4, 5))
+    parts, shape = len(severities), (28, 28, 1) if dataset == "mnist" else (32, 32, 3)
+
+    def arrays(name: str) -> tuple[np.ndarray, np.ndarray]:
+        files = [directory / f"{name}.npy", directory / "labels.npy"]
+        if dataset == "mnist":
+            files = [directory / name / "test_images.npy", directory / name / "test_labels.npy"]
+        images, labels = (read_array(file, again) for file in files)
+        if images.dtype != np.uint8 or images.shape[1:] != shape or len(images) % parts or len(images) == 0:
+            raise InputError(f"{files[0]} is {images.dtype} {images.shape}: expected uint8 ({f'{parts}·' * (parts > 1)}N, {str(shape)[1:]}; {again}")
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+            raise InputError(f"{files[1]} is {labels.dtype} {labels.shape}, but {files[0]} is {images.shape}: {again}")
+        return images, labels
+
+    for name in names:
+        images, labels = arrays(name)
+        repeated = labels.reshape(parts, -1)
+        expected = repeated[0] if clean_labels is None or len(clean_labels) != repeated.shape[1] else clean_labels.numpy()
+        if (repeated != expected).any() or repeated.min() < 0 or repeated.max() >= NUM_CLASSES[dataset]:
+            raise InputError(f"the labels of {directory} ({name}) do not match {dataset}'s test labels: {again}")
+
+    def read(name: str, severity: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = arrays(name)
+        count = len(images) // parts
+        rows = slice((severity - 1) * count, severity * count)
+        images, labels = images[rows].copy(), torch.from_numpy(labels[rows].astype(np.int64))
+        return (as_32_px(images[..., 0]) if dataset == "mnist" else torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()), labels
+
+    extra = () if dataset == "mnist" else tuple(name for name in EXTRA_CORRUPTIONS if (directory / f"{name}.npy").is_file())
+    return Corruptions(read, names, extra, severities, f"{published} as published")
+
+
+def read_array(file: Path, advice: str) -> np.ndarray:
     """An array file, mapped rather than read; never unpickled."""
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{file} is missing or damaged ({error}): unpack the data set again") from error
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.memmap):  # an archive of arrays, whatever its name
+            raise ValueError("it is no array file")
+        return array
+    except Exception as error:  # a hostile header raises what NumPy, Python's parser and mmap meet: SyntaxError, OverflowError, RecursionError …
+        raise InputError(f"{file} is missing or damaged ({error}): {advice}") from error
 
 
 def find_data(name: str, data_root: str | Path) -> Path:
@@ -174,15 +474,17 @@ def find_data(name: str, data_root: str | Path) -> Path:
     raise InputError(f"{candidates[0]} is missing: it comes with the repository (git checkout data/{name}), or name its folder with --data-root")
 
 
-def modified_digits(split: str, data_root: str | Path = "data", variants: int = 10, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Modified digits: every digit of the split `variants` times, each with its own shift, zoom, gamma and contrast.
+def modified_digits(
+    split: str, data_root: str | Path = "data", variants: int = 10, seed: int = 0, dataset: str = "digits"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Modified digits (or modified "mnist"): every digit of the split `variants` times, each with its own shift, zoom, gamma and contrast.
 
     After GrETTA's modified MNIST. Zoom 0.6..1 in x and in y about the centre, then a translation of up to ±8 px in x and in y;
     gamma 2/3..3/2 (log-uniform), then contrast 0.8..1.2; all uniform and drawn from `seed`, so the set is always the same.
     Returns images (variants·N, 3, 32, 32) uint8, labels (variants·N,) int64, and source (variants·N,) int64, the number of the
     digit that each image was made from; images are ordered variant by variant.
     """
-    images, labels = load_split("digits", split, data_root)
+    images, labels = load_split(dataset, split, data_root)
     generator = torch.Generator().manual_seed(seed * len(SPLITS) + SPLITS.index(split))
     source = torch.arange(len(labels)).repeat(variants)
 
@@ -262,6 +564,14 @@ def mild_augmentation(images: torch.Tensor, generator: torch.Generator) -> torch
     return affine_warp(images, affine_matrix(1 + 0.05 * draw[:, :2], draw[:, 2:4], 5 * draw[:, 4]))
 
 
+def crop_and_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """What CIFAR is trained under: shifted by up to 4 px in x and y, black outside, mirrored every other time. images (B, 3, H, W) in [0, 1]."""
+    shift = torch.randint(-4, 5, (len(images), 2), generator=generator, device=generator.device).to(images)
+    flip = torch.rand(len(images), generator=generator, device=generator.device).to(images.device) < 0.5
+    scale = torch.stack([torch.where(flip, -1.0, 1.0), torch.ones_like(shift[:, 0])], dim=1)
+    return affine_warp(images, affine_matrix(scale, shift))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders: class folders of pictures too many for memory; decoded and cropped by loader processes
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,74 +580,72 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".ti
 
 
 def class_folders(directory: str | Path, advice: str) -> list[str]:
-    """The sorted names of the class folders in a directory; InputError, ending in `advice`, where there is no such directory or none in it."""
+    """The sorted names of the class folders in a directory; MissingData, ending in `advice`, where there is no such directory or none in it."""
     if not Path(directory).is_dir():
-        raise InputError(f"{directory} is missing: {advice}")
+        raise MissingData(f"{directory} is missing: {advice}")
     with os.scandir(directory) as entries:
         classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise InputError(f"{directory} holds no class folders: {advice}")
+        raise MissingData(f"{directory} holds no class folders: {advice}")
     return classes
 
 
-def check_classes(directory: str | Path, classes: list[str], expected: list[str], where: str | Path) -> None:
-    """InputError, naming the first that differ, unless the class folders in `directory` are those in `where`, and for one that is empty."""
+def check_classes(directory: str | Path, classes: list[str], expected: list[str], where: str | Path) -> int:
+    """The number of entries in all class folders of a directory. InputError, naming the first that differ, unless its classes are those in
+    `where`, and for one that is empty."""
     missing, unexpected = sorted(set(expected) - set(classes)), sorted(set(classes) - set(expected))
     faults = [
         f"{kind} {', '.join(names[:3])}{' …' * (len(names) > 3)}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names
     ]
     if faults:
         raise InputError(f"{directory} has other classes than {where}: {'; '.join(faults)}")
+    total = 0
     for name in classes:
+        count = len(os.listdir(Path(directory) / name))
+        if count == 0:
+            raise InputError(f"{Path(directory) / name} is empty: copy or unpack it again")
+        total += count
+    return total
+
+
+def class_folder(directory: str | Path, classes: list[str], size: int = 224, resize: int = 256) -> "Folder":
+    """The pictures `<directory>/<class>/…`, labelled by the number of their class among the sorted `classes`. InputError for a class without any."""
+    files, labels = [], []
+    for label, name in enumerate(classes):
         with os.scandir(Path(directory) / name) as entries:
-            if next(entries, None) is None:
-                raise InputError(f"{Path(directory) / name} is empty: copy or unpack it again")
+            found = sorted(entry.path for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES))
+        if not found:
+            raise InputError(f"{Path(directory) / name} holds no pictures (looked for {', '.join(IMAGE_SUFFIXES)})")
+        files += found
+        labels += [label] * len(found)
+    return Folder(files, torch.tensor(labels), size, resize)
 
 
 class Folder(torch.utils.data.Dataset):
-    """Pictures `<directory>/<class>/…` as uint8 (3, size, size) and the number of their class among the sorted `classes`.
+    """Pictures on disk as uint8 (3, size, size), and their labels: numbers of classes (N,) int64, or several per picture (N, L) float.
 
     An item is (number, key): a key seeds that picture's random crop (8 % to all of it, sides 3:4 to 4:3) and flip, whatever worker
-    does it; None scales the shorter side to `resize` and cuts the centre out. Raises InputError for a folder without pictures and, when
-    it is read, for a picture that is damaged, naming it.
+    does it; None scales the shorter side to `resize` and cuts the centre out. Raises InputError, when it is read, for a picture that is damaged,
+    naming it.
     """
 
-    def __init__(self, directory: str | Path, classes: list[str], size: int = 224, resize: int = 256):
-        from torchvision.transforms import v2
-
-        self.files, labels = [], []
-        for label, name in enumerate(classes):
-            with os.scandir(Path(directory) / name) as entries:
-                found = sorted(entry.path for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES))
-            if not found:
-                raise InputError(f"{Path(directory) / name} holds no pictures (looked for {', '.join(IMAGE_SUFFIXES)})")
-            self.files += found
-            labels += [label] * len(found)
+    def __init__(self, files: list[str], labels: torch.Tensor, size: int = 224, resize: int = 256):
         # Bytes in one array: millions of Python strings would be copied into every worker as their reference counts change.
-        self.files = np.array([os.fsencode(file) for file in self.files])
-        self.labels = torch.tensor(labels)
-        self.random_crop = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
-        self.centre_crop = v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size)])
+        self.files = np.array([os.fsencode(file) for file in files])
+        self.labels, self.size, self.resize = labels, size, resize
+        self.corruption: tuple[str, int] | None = None  # name and severity, made on the device, batch by batch
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, item: tuple[int, int | None]) -> tuple[torch.Tensor, torch.Tensor]:
-        from PIL import Image
-        from torchvision.transforms.v2.functional import pil_to_tensor
-
         number, key = item
         file = os.fsdecode(self.files[number])
         try:
-            with warnings_off(), Image.open(file) as opened:
-                picture = opened.convert("RGB")
+            picture = read_picture(file, self.size, self.resize) if key is None else read_crop(file, self.size, key)
         except Exception as error:  # a damaged picture raises whatever its decoder meets
             raise InputError(f"{file} is not a readable picture ({error}): restore it, or remove it") from error
-        if key is None:
-            return pil_to_tensor(self.centre_crop(picture)), self.labels[number]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(key)  # the CPU's alone: torch.manual_seed would reseed a GPU's too
-            return pil_to_tensor(self.random_crop(picture)), self.labels[number]
+        return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).contiguous(), self.labels[number]
 
     def keep(self, most: int) -> "Folder":
         """A folder of at most `most` of these pictures, evenly spaced through them."""
@@ -349,29 +657,108 @@ class Folder(torch.utils.data.Dataset):
         kept.files, kept.labels = self.files[chosen.numpy()], self.labels[chosen]
         return kept
 
+    def corrupted(self, name: str, severity: int) -> "Folder":
+        """A folder of these pictures, corrupted on the device as they are read, with seed 0."""
+        changed = copy.copy(self)
+        changed.corruption = (name, severity)
+        return changed
+
     def batches(self, items: Iterable[list[tuple[int, int | None]]], workers: int, machine: "Machine") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches of items as uint8 images (b, 3, size, size) and labels (b,), on the device."""
-        loader = torch.utils.data.DataLoader(self, batch_sampler=items, num_workers=workers, pin_memory=machine.device.type == "cuda")
+        """The batches of items as uint8 images (b, 3, size, size) and labels (b,) or (b, L), on the device."""
+        ahead = {"prefetch_factor": 4, "worker_init_fn": leave_signals} if workers else {}
+        loader = torch.utils.data.DataLoader(self, batch_sampler=items, num_workers=workers, pin_memory=machine.device.type == "cuda", **ahead)
         try:
             for images, labels in loader:
-                yield images.to(machine.device, non_blocking=True), labels.to(machine.device, non_blocking=True)
+                images, labels = images.to(machine.device, non_blocking=True), labels.to(machine.device, non_blocking=True)
+                if self.corruption is not None:
+                    images = corrupt_uint8(images, *self.corruption, seed=0)
+                yield images, labels
         except InputError as error:  # one raised in a worker comes with the worker's traceback before it
-            raise InputError(str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")) from error
+            raise InputError(str(error).rpartition("common.InputError: ")[2].strip()) from error
 
     def random_batches(
-        self, batch_size: int, generator: torch.Generator, workers: int, machine: "Machine"
+        self, batch_size: int, generator: torch.Generator, workers: int, machine: "Machine", crop: bool = True, start: int = 0
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """One shuffled epoch, this rank's part of each batch, randomly cropped and flipped; order and keys are drawn on every rank alike."""
+        """One shuffled epoch from batch `start` on, this rank's part of each batch, randomly cropped and flipped (without `crop`: centres cut out);
+        order and keys are drawn on every rank alike."""
         numbers = epoch_batches(len(self), batch_size, generator)
         keys = torch.randint(2**62, numbers.shape, generator=generator, device=generator.device)
-        items = (list(zip(machine.own_rows(row).tolist(), machine.own_rows(key).tolist())) for row, key in zip(numbers.cpu(), keys.cpu()))
-        return self.batches(items, workers, machine)
+        numbers, keys = numbers[start:], keys[start:]
+        drawn = ((machine.own_rows(row).tolist(), machine.own_rows(key).tolist()) for row, key in zip(numbers.cpu(), keys.cpu()))
+        return self.batches((list(zip(row, key if crop else [None] * len(row))) for row, key in drawn), workers, machine)
 
     def all_batches(self, batch_size: int, workers: int, machine: "Machine") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This rank's part of all pictures, in order, centres cut out."""
-        numbers = machine.own_rows(torch.arange(len(self))).tolist()
-        items = [(number, None) for number in numbers]
-        return self.batches([items[start : start + batch_size] for start in range(0, len(items), batch_size)], workers, machine)
+        return self.numbered_batches(machine.own_rows(torch.arange(len(self))).split(batch_size), workers, machine)
+
+    def numbered_batches(self, batches: Iterable[torch.Tensor], workers: int, machine: "Machine") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The pictures with these numbers, batch by batch, centres cut out."""
+        return self.batches([[(number, None) for number in batch.tolist()] for batch in batches if len(batch)], workers, machine)
+
+
+def leave_signals(_number: int) -> None:
+    """In a loader process: Ctrl-C goes to all of them, and is the script's business; SIGTERM is how torch ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def open_picture(file: str | Path) -> Iterator["Image.Image"]:
+    """A picture whose header alone is read so far. Only of the formats that IMAGE_SUFFIXES names, and none so large or so long that decoding or
+    scaling it would fill the memory: at most PIL's 89 million pixels, sides of at most 1:100."""
+    import logging
+    import warnings
+
+    from PIL import Image
+
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a picture is said in one line, by who reads it
+    if not os.path.isfile(file):  # to open a pipe would wait for ever
+        raise FileNotFoundError("there is no such file")
+    with warnings_off():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file, formats=("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF")) as opened:
+            if max(opened.size) > 100 * min(opened.size):
+                raise ValueError(f"it has {opened.size[0]} x {opened.size[1]} pixels")
+            yield opened
+
+
+def read_picture(file: str, size: int, resize: int) -> "Image.Image":
+    """An RGB picture, the shorter side scaled to `resize`, the centre (size, size) cut out, as torchvision's Resize and CenterCrop do."""
+    from torchvision.transforms.v2 import functional
+
+    with open_picture(file) as opened:
+        picture = functional.resize(opened.convert("RGB"), resize, antialias=True)
+    return functional.center_crop(picture, size)
+
+
+def random_box(width: int, height: int, draw: random.Random) -> tuple[int, int, int, int]:
+    """Left, top, width and height of a random part of a picture, as torchvision's RandomResizedCrop draws it: 8 % to 100 % of the area, sides 3:4 to
+    4:3, at most ten tries, then the largest centre of such sides."""
+    for _ in range(10):
+        area, ratio = draw.uniform(0.08, 1) * width * height, math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return draw.randint(0, width - w), draw.randint(0, height - h), w, h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def read_crop(file: str, size: int, key: int) -> "Image.Image":
+    """A random part of a picture, scaled to (size, size), RGB, mirrored every other time; all of it drawn from the key.
+
+    A JPEG is decoded at half, a quarter or an eighth of its size where the part still has more pixels than are asked for.
+    """
+    from PIL import Image
+
+    draw = random.Random(key)
+    with open_picture(file) as opened:
+        width, height = opened.size
+        left, top, w, h = random_box(width, height, draw)
+        opened.draft("RGB", (math.ceil(width * size / w), math.ceil(height * size / h)))  # nothing but for JPEGs
+        x, y = opened.size[0] / width, opened.size[1] / height
+        picture = opened if opened.mode == "RGB" else opened.convert("RGB")
+        picture = picture.resize((size, size), Image.Resampling.BILINEAR, box=(left * x, top * y, (left + w) * x, (top + h) * y))
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else picture
 
 
 Data = tuple[torch.Tensor, torch.Tensor] | Folder  # uint8 images (N, 3, H, W) and labels (N,), or pictures on disk
@@ -381,20 +768,36 @@ def count_images(data: Data | None) -> int:
     return 0 if data is None else len(data) if isinstance(data, Folder) else len(data[1])
 
 
-def imagenet_c(directory: Path, classes: list[str], where: Path, advice: str, dry_run: bool) -> Callable[[str, int], Folder]:
-    """ImageNet-C's pictures by name and severity, once all of its folders are found to have the classes of `where` (InputError, ending in
-    `advice`, otherwise); one picture of each in a dry run."""
-    for name in CORRUPTIONS:
-        class_folders(directory / name, advice)
+def keep_some(data: Data | None, most: int) -> Data | None:
+    """At most `most` of the images: the first ones of tensors, evenly spaced pictures of a folder."""
+    return data.keep(most) if isinstance(data, Folder) else data and tuple(part[:most] for part in data)
+
+
+def imagenet_c(directory: str | Path, classes: list[str], where: Path) -> Corruptions:
+    """ImageNet-C's pictures, `<corruption>/<severity>/<class>/…`, once all folders are found to have the classes of `where` and as many pictures as
+    each other; the four extra corruptions where they are there. Raises InputError naming corruption and severity, MissingData for none at all."""
+    directory = Path(directory)
+    advice = "ImageNet-C is had with python common.py --download imagenet-c, or from https://zenodo.org/record/2235448; name its folder with --corruptions-path"
+    if not directory.is_dir():
+        raise MissingData(f"{directory} is missing: {advice}")
+    extra = tuple(name for name in EXTRA_CORRUPTIONS if (directory / name).is_dir())
+    counts = {}
+    for name in CORRUPTIONS + extra:
         for severity in range(1, 6):
             folder = directory / name / str(severity)
-            check_classes(folder, class_folders(folder, advice), classes, where)
+            try:
+                counts[name, severity] = check_classes(folder, class_folders(folder, advice), classes, where)
+            except MissingData as error:
+                raise InputError(str(error)) from error
+    whole = max(counts.values())
+    for (name, severity), count in counts.items():
+        if count < whole:
+            raise InputError(f"{directory / name / str(severity)} is half copied: {count} pictures, others have {whole}; copy or unpack it again")
 
-    def corrupted(name: str, severity: int) -> Folder:
-        data = Folder(directory / name / str(severity), classes, resize=224)  # published at 224 px already
-        return data.keep(1) if dry_run else data
+    def read(name: str, severity: int) -> Folder:
+        return class_folder(directory / name / str(severity), classes, resize=224)  # published at 224 px already
 
-    return corrupted
+    return Corruptions(read, CORRUPTIONS, extra, (1, 2, 3, 4, 5), "ImageNet-C as published")
 
 
 def evenly_spaced(most: int, size: int) -> torch.Tensor:
@@ -412,22 +815,235 @@ def gather_images(data: Data, most: int, workers: int, machine: "Machine") -> tu
     return data[0][chosen.to(data[0].device)].to(machine.device), data[1][chosen.to(data[1].device)].to(machine.device)
 
 
+class Place(NamedTuple):
+    """Where an epoch is continued: after `batches` of its batches, with the generator's state of that moment."""
+
+    batches: int = 0
+    state: torch.Tensor | None = None
+
+    def restore(self, generator: torch.Generator) -> None:
+        """To be called once the epoch's order is drawn (again)."""
+        if self.state is not None:
+            generator.set_state(self.state)
+
+
+EPOCH_START = Place()
+
+
+def plain_batches(
+    data: Data, batch_size: int, generator: torch.Generator, machine: "Machine", workers: int = 0, place: Place = EPOCH_START
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """One shuffled epoch, batch by batch, as it is: this rank's rows as uint8 images (b, 3, H, W) and labels. batch_size is over all ranks."""
+    if isinstance(data, Folder):
+        batches = data.random_batches(batch_size, generator, workers, machine, crop=False, start=place.batches)
+        place.restore(generator)
+        yield from batches
+    else:
+        numbers = epoch_batches(len(data[1]), batch_size, generator)
+        place.restore(generator)
+        for index in numbers[place.batches :]:
+            own = machine.own_rows(index)
+            yield data[0][own], data[1][own]
+
+
+def numbered_batches(data: Data, batches: Iterable[torch.Tensor], workers: int, machine: "Machine") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The images with these numbers, batch by batch: uint8 images (b, 3, H, W) and labels, on the device."""
+    if isinstance(data, Folder):
+        yield from data.numbered_batches(batches, workers, machine)
+    else:
+        for index in batches:
+            index = index.to(data[0].device)
+            yield data[0][index].to(machine.device), data[1][index].to(machine.device)
+
+
 def image_batches(
-    data: Data, batch_size: int, generator: torch.Generator, machine: "Machine", workers: int = 0
+    data: Data,
+    batch_size: int,
+    generator: torch.Generator,
+    machine: "Machine",
+    workers: int = 0,
+    augmentation: Callable = mild_augmentation,
+    place: Place = EPOCH_START,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """One shuffled and augmented epoch, batch by batch: this rank's rows as float images (b, 3, H, W) in [0, 1] and labels (b,).
 
-    data: uint8 images and labels on the device (mild augmentation), or a Folder (random crops and flips). batch_size is over all ranks;
+    data: uint8 images and labels on the device (under `augmentation`), or a Folder (random crops and flips). batch_size is over all ranks;
     order and augmentation are drawn from `generator` on every rank alike. Pictures left over by the last whole batch wait for the next epoch.
     """
     if isinstance(data, Folder):
-        for images, labels in data.random_batches(batch_size, generator, workers, machine):
+        batches = data.random_batches(batch_size, generator, workers, machine, start=place.batches)
+        place.restore(generator)
+        for images, labels in batches:
             yield to_float(images), labels
     else:
         images, labels = data
-        for index in epoch_batches(len(labels), batch_size, generator):
-            batch = mild_augmentation(to_float(images[index]), generator)
+        numbers = epoch_batches(len(labels), batch_size, generator)
+        place.restore(generator)
+        for index in numbers[place.batches :]:
+            batch = augmentation(to_float(images[index]), generator)
             yield machine.own_rows(batch), machine.own_rows(labels[index])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets: what a run needs of a data set, whatever its kind
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Sets(NamedTuple):
+    """What a run needs of a data set; tensors are on the device. See load_sets."""
+
+    train: Data | None
+    val: Data | None
+    test: Data
+    corruptions: Corruptions | None
+    num_classes: int
+    size: int  # of the images, the shorter side in px
+    notes: list[str]  # what is left out for want of files
+
+
+FAKE_SHAPE = (256, 10, 32, 32)  # training images, classes, height, width
+
+
+def dataset_name(text: str) -> str:
+    """An argparse type: a data set; "cifar10-c" and the like are evaluated with the set that they are made from."""
+    return text.removesuffix("-c")
+
+
+def fake_shape(text: str) -> tuple[int, ...]:
+    """An argparse type: IMAGES,CLASSES,HEIGHT,WIDTH."""
+    try:
+        values = tuple(int(part) for part in text.strip("()[]").split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 4 or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: four whole numbers, images, classes, height and width, such as 256,10,32,32")
+    if 3 * values[0] * values[2] * values[3] > 2**36 or values[1] > 10**6:
+        raise argparse.ArgumentTypeError(f"{text}: at most 64 GB of images and a million classes")
+    return values
+
+
+def load_sets(
+    dataset: str,
+    data_root: str | Path,
+    machine: "Machine",
+    *,
+    split: str = "test",
+    validation: bool = True,
+    train: bool = True,
+    corruptions: str | None = "if there",
+    generate: bool = False,
+    clean_directory: str | Path | None = None,
+    corrupted_directory: str | Path | None = None,
+    fake_shape: tuple[int, ...] = FAKE_SHAPE,
+    download: bool = True,
+    dry_run: bool = False,
+) -> Sets:
+    """Look for everything that a run needs of a data set, before the first file is written; InputError says what is missing and how to get it.
+
+    dataset: one of NUM_CLASSES, "imagenet", "folder" or "fake". split: what is evaluated, "test", or "val" to tune on. validation: hold
+    validation images out of the training images (digits have their own, which are never trained on). train: False where the test images
+    suffice. corruptions: "needed", "if there" (a note says what is missing) or None; they are generated for digits and fake, and, with
+    `generate`, for any set that has none on disk. clean_directory, corrupted_directory: where ImageNet or a folder, and the corrupted set, lie
+    (default: in data_root). download: get MNIST and CIFAR where they are missing. A dry run takes a few images of each, and downloads nothing.
+    """
+    clean_labels = classes = test_folder = None
+    if dataset in NUM_CLASSES:
+        if download and not dry_run:
+            if machine.is_main and dataset in ARCHIVES:
+                fetch(dataset, data_root)
+            machine.barrier()
+        parts = [load_split(dataset, part, data_root, download=False) for part in ("train", "val", split)]
+        if not validation and dataset != "digits":  # as published: all training images
+            parts[0] = tuple(torch.cat(pair) for pair in zip(*parts[:2]))
+        num_classes, clean_labels = NUM_CLASSES[dataset], parts[2][1]
+    elif dataset == "fake":
+        count, num_classes, height, width = fake_shape
+        few = max(1, count // 4)
+        parts = [fake_images(size, num_classes, height, width, seed) for seed, size in enumerate((count, few, few))]
+    else:
+        folders, classes = find_folders(dataset, Path(clean_directory or data_root), clean_directory is not None, train or split == "val")
+        num_classes, test_folder = len(classes), folders[2]
+        parts = [None if folder is None else class_folder(folder, classes) for folder in folders]
+        if parts[1] is None and parts[0] is not None and validation:
+            chosen = held_out(parts[0].labels)
+            parts[0], parts[1] = (parts[0].part(rows.nonzero()[:, 0]) for rows in (~chosen, chosen))
+        if split == "val":
+            if parts[1] is None:
+                raise InputError(f"{dataset} has no validation images of its own, and none are held out of its training images")
+            parts[2] = parts[1]
+    parts[1] = parts[1] if validation else None
+    if dry_run:
+        parts = [keep_some(part, most) for part, most in zip(parts, (64, 64, 16))]
+    parts = [tuple(tensor.to(machine.device) for tensor in part) if isinstance(part, tuple) else part for part in parts]
+    test, notes, found = parts[2], [], None
+    if corrupted_directory and (dataset in ("digits", "fake") or split == "val"):
+        raise InputError(f"--corruptions-path {corrupted_directory}: the corruptions of {dataset}'s {split} images are generated; leave it out")
+    if corrupted_directory and not Path(corrupted_directory).is_dir():
+        raise InputError(f"--corruptions-path {corrupted_directory} is missing")
+    if corruptions:
+        generate = generate or dataset in ("digits", "fake")
+        try:
+            if split == "val" or dataset in ("digits", "fake"):
+                raise MissingData(f"published corruptions are of {dataset}'s test images")
+            if dataset == "folder" and not corrupted_directory:
+                raise MissingData("a folder's corrupted set is named with --corruptions-path")
+            if dataset == "folder":
+                found = imagenet_c(corrupted_directory, classes, test_folder)._replace(source=str(corrupted_directory))
+            elif dataset == "imagenet":
+                found = imagenet_c(corrupted_directory or first_directory(Path(data_root), ("imagenet-c", "ImageNet-C")), classes, test_folder)
+            else:
+                found = corruption_files(dataset, data_root, clean_labels, corrupted_directory)
+        except MissingData as missing:
+            if not generate and corruptions == "needed":
+                raise InputError(f"{missing}; or add --generate-corruptions") from missing
+            if not generate:
+                notes.append(f"{missing}; corruptions are not evaluated (--generate-corruptions makes them)")
+            else:
+                found = generated_corruptions(test, f"{dataset}-C generated from the {count_images(test)} {split} images")
+    if found is not None and dry_run:
+        read = found.read
+        found = found._replace(read=lambda name, severity: keep_some(read(name, severity), 2))
+    return Sets(*parts, found, num_classes, min(test[0].shape[-2:]) if isinstance(test, tuple) else test.size, notes)
+
+
+def generated_corruptions(test: Data, source: str) -> Corruptions:
+    """ImageNet-C's 15 corruptions made from test images as they are asked for, with seed 0."""
+
+    def read(name: str, severity: int) -> Data:
+        if isinstance(test, Folder):
+            return test.corrupted(name, severity)
+        return corrupt_uint8(test[0], name, severity, seed=0), test[1]
+
+    return Corruptions(read, CORRUPTIONS, (), (1, 2, 3, 4, 5), source)
+
+
+def first_directory(root: Path, names: tuple[str, ...]) -> Path:
+    """The first of these that is a directory in root; else where the first would be."""
+    return next((root / name for name in names if (root / name).is_dir()), root / names[0])
+
+
+def find_folders(dataset: str, root: Path, named: bool, train_needed: bool) -> tuple[list[Path | None], list[str]]:
+    """The folders of training, validation and test pictures of "imagenet" or of one's own "folder", and their classes, which must agree.
+
+    ImageNet: train/ and val/ (its test images) in <root>/imagenet or in root itself; to evaluate, val/ will do, or, where it is `named`, the folder
+    of classes itself. One's own: train/, and test/ or val/ in root; where both are there, val/ is for validation. Raises InputError.
+    """
+    if dataset == "imagenet":
+        advice = "ImageNet is had from https://image-net.org/download.php; name its folder, which holds train/ and val/, with "
+        advice += "--datadir-clean" if named else "--data-root (in game_of_noise.py also --datadir-clean)"
+        base = root if named or (root / "val").is_dir() else first_directory(root, ("imagenet", "ImageNet"))
+        train, val, test = base / "train", None, base / "val"
+        if named and not train_needed and base.is_dir() and not test.is_dir() and not train.is_dir():
+            test = base
+    else:
+        advice = "name the folder that holds train/, and test/ or val/, each with a folder of pictures per class, with --data-root"
+        train, val, test = root / "train", root / "val", root / "test"
+        val, test = (val if val.is_dir() else None, test) if test.is_dir() else (None, val)
+    classes = class_folders(test, advice)
+    for other in (train, val):
+        if other is not None and (other.is_dir() or (train_needed and other == train)):
+            check_classes(other, class_folders(other, advice), classes, test)
+    return [train if train.is_dir() else None, val, test], classes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,6 +1156,12 @@ def corrupt(images, name, severity, seed):
     pixels = images.float().contiguous()
     keys = image_keys(pixels, f"{name} {int(severity)} {int(seed)}")
     return functions[name](pixels, keys, *constants).clamp(0, 1).to(images.dtype)
+
+
+def corrupt_uint8(images: torch.Tensor, name: str, severity: int, seed: int) -> torch.Tensor:
+    """As `corrupt`, for uint8 images (N, 3, H, W), as many at a time as make a million pixels; returns uint8."""
+    parts = images.split(max(1, 2**20 // (images.shape[2] * images.shape[3])))
+    return torch.cat([to_uint8(corrupt(to_float(part), name, severity, seed)) for part in parts])
 
 
 # Each function below takes images (B, 3, H, W), float32, keys (B,) and one severity's constants. It returns
@@ -1309,14 +1931,23 @@ def build_model(name: str, num_classes: int, dataset: str) -> nn.Module:
     name: a key of MODELS, or any classification model of torchvision by its name there ("resnet50", "convnext_tiny", …).
     dataset: its image statistics are used for normalisation, and "digits" takes the slim widths. Raises InputError for an unknown name.
     """
-    # torchvision's Inception and GoogLeNet were trained on inputs normalised by 0.5/0.5, its other ImageNet models by ImageNet's statistics.
-    imagenet = dataset.startswith("imagenet") and name not in ("googlenet", "inception_v3")
+    imagenet = normalisation(dataset, name) == IMAGENET_STATISTICS
     statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if imagenet else ((0.5,) * 3, (0.5,) * 3)
-    models = DIGITS_MODELS if dataset == "digits" else MODELS
+    models = DIGITS_MODELS if dataset in ("digits", "mnist") else MODELS
     if name not in models:
         return torchvision_model(name, num_classes, *statistics)
     model = models[name](num_classes)
     return normalise_inside(model, *statistics) if name.startswith("resnet") else model  # the others do it themselves
+
+
+IMAGENET_STATISTICS = "ImageNet's mean and std"
+
+
+def normalisation(dataset: str, name: str) -> str:
+    """How a classifier's inputs are normalised, for the protocol."""
+    # torchvision's Inception and GoogLeNet were trained on inputs normalised by 0.5/0.5, its other ImageNet models by ImageNet's statistics.
+    imagenet = dataset in ("imagenet", "folder", "chexpert") and name not in ("googlenet", "inception_v3")
+    return IMAGENET_STATISTICS if imagenet else "0.5/0.5"
 
 
 def torchvision_model(name: str, num_classes: int, mean: tuple, std: tuple) -> nn.Module:
@@ -1370,19 +2001,46 @@ def load_weights(model: nn.Module, file: str | Path) -> nn.Module:
     """Load a checkpoint into `model` and return it.
 
     The file holds a state dict, alone or under `state_dict`, `model_state_dict` or `weights`, with or without `module.` (or
-    `_orig_mod.`, `resnet.`) before every key. Only tensors are unpickled (`weights_only=True`). Raises InputError for a missing, truncated
-    or unsafe file, and for one that does not fit, naming the keys.
+    `_orig_mod.`, `resnet.`) before every key. RobustBench's names are taken too: `convShortcut`, and `mu` and `sigma`, the statistics its
+    models normalise their input by, which must be this model's. Only tensors are unpickled (`weights_only=True`). Raises InputError for a
+    missing, truncated or unsafe file, and for one that does not fit, naming the keys.
     """
-    state = load_tensors(file, "give the path of a checkpoint")
+    return load_content(model, load_tensors(file, "give the path of a checkpoint"), file)
+
+
+def load_content(model: nn.Module, state: object, file: str | Path) -> nn.Module:
+    """As load_weights, from what the file held."""
     for key in ("state_dict", "model_state_dict", "weights"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(key, str) and isinstance(state[key], torch.Tensor) for key in state):
+    if not is_state_dict(state):
         raise InputError(f"{file} holds no state dict (nor one under state_dict, model_state_dict, weights)")
     for prefix in ("module.", "_orig_mod.", "resnet."):
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
+    wanted = model.state_dict()
+    for key in [key for key in state if key not in wanted and key.replace("convShortcut", "conv_shortcut") in wanted]:
+        state[key.replace("convShortcut", "conv_shortcut")] = state.pop(key)
+    # The CIFAR models, which have no such buffer, normalise by 0.5/0.5.
+    for key, own in zip(("mu", "sigma"), dict(model.named_buffers(recurse=False)).get("normalisation", torch.full((2, 3), 0.5)).flatten(1).cpu()):
+        if key in state and key not in wanted:
+            value = state.pop(key)
+            if value.numel() != own.numel() or not torch.allclose(value.flatten().float(), own):
+                rounded = ", ".join(f"{number:.4g}" for number in value.flatten().tolist()) if value.numel() <= 3 else f"{tuple(value.shape)}"
+                raise InputError(
+                    f"{file} was trained on inputs normalised otherwise: its {key} is {rounded}, this model's {own[0]:.4g}; choose another checkpoint"
+                )
     return load_state(model, state, f"{file} does not fit this model", "choose the --model and --dataset it was trained for")
+
+
+def is_state_dict(state: object) -> bool:
+    """Whether this is a table of plain tensors: none that is sparse, nested, complex, quantised, or a shape without values."""
+
+    def plain(value: object) -> bool:
+        usual = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        return usual and not (value.is_nested or value.is_quantized or value.is_complex())
+
+    return isinstance(state, dict) and bool(state) and all(isinstance(key, str) and plain(value) for key, value in state.items())
 
 
 def load_state(model: nn.Module, state: dict[str, torch.Tensor], complaint: str, advice: str) -> nn.Module:
@@ -1403,25 +2061,47 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], complaint: str,
     ]
     if faults:
         raise InputError(f"{complaint}: {'; '.join(faults)}; {advice}")
-    model.load_state_dict(state, strict=False)
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # numbers of a type that does not become the model's
+        raise InputError(f"{complaint}: {error}; {advice}") from error
     return model
 
 
-def load_digits_weights(model: nn.Module, name: str, machine: "Machine", data_root: str | Path = "data", dry_run: bool = False) -> Path:
-    """Load the shipped digits classifier `name` (weights/digits-<name>.pt) into `model`; where the file is missing, train it first and keep it."""
-    file = WEIGHTS / f"digits-{name}.pt"
+def load_pretrained(model: nn.Module, name: str, dataset: str, machine: "Machine", data_root: str | Path = "data", dry_run: bool = False) -> str:
+    """Give `model` the weights that come for a data set, and say where they are from.
+
+    digits, mnist: shipped, or trained first and kept (load_small_weights); cifar10, cifar100: AugMix's, published (default_checkpoint); imagenet and
+    folder: torchvision's (load_imagenet_weights); fake: none. Raises InputError where there are none: --weights gives them.
+    """
+    if dataset in ("digits", "mnist"):
+        return load_small_weights(model, name, dataset, machine, data_root, dry_run)
+    if dataset in ("imagenet", "folder"):
+        return load_imagenet_weights(model, name, machine, dry_run)
+    if dataset == "fake":
+        return "untrained"
+    published = default_checkpoint(dataset, name)
+    if published is None:
+        raise InputError(f"no weights of {name} for {dataset} are published that are known here: give a checkpoint with --weights")
+    return str(load_checkpoint(model, published, machine, dry_run) or "untrained")
+
+
+def load_small_weights(model: nn.Module, name: str, dataset: str, machine: "Machine", data_root: str | Path = "data", dry_run: bool = False) -> str:
+    """Load the classifier `name` of digits or mnist (weights/<dataset>-<name>.pt; some of digits are shipped) into `model`, and say where it is
+    from; where the file is missing, train it first and keep it, but not in a dry run."""
+    file = WEIGHTS / f"{dataset}-{name}.pt"
+    if not file.is_file() and dry_run:
+        return "untrained: a dry run trains no classifier first"
     if not file.is_file():
         if machine.is_main:
-            print(f"{file} is missing: training {name} on the 1,000 training digits first", flush=True)
-        trained = train_classifier(name, machine, data_root, epochs=1 if dry_run else 30)  # alike on every rank
-        if dry_run:  # one epoch makes no classifier worth keeping
-            model.load_state_dict(trained.state_dict())
-            return file
+            print(f"{file} is missing: training {name} on the training images of {dataset} first", flush=True)
+        epochs, batch_size = (30, 50) if dataset == "digits" else (3, 100)
+        trained = train_classifier(name, machine, data_root, epochs=epochs, batch_size=batch_size, dataset=dataset)  # alike on every rank
         if machine.is_main:
             save_atomically(trained.state_dict(), file)
         machine.barrier()
     load_weights(model, file)
-    return file
+    return str(file)
 
 
 def load_imagenet_weights(model: nn.Module, name: str, machine: "Machine", dry_run: bool = False) -> str:
@@ -1444,6 +2124,8 @@ def load_imagenet_weights(model: nn.Module, name: str, machine: "Machine", dry_r
     machine.barrier()
     again = "remove it, so that it is downloaded again"
     state = load_tensors(file, again)
+    if not is_state_dict(state):
+        raise InputError(f"{file} holds no state dict: {again}")
     wanted = model.state_dict()
     # Auxiliary heads are for training from scratch; a head of another number of classes gives way to the model's own.
     state = {key: value for key, value in state.items() if key in wanted or not key.lower().startswith("aux")}
@@ -1452,10 +2134,108 @@ def load_imagenet_weights(model: nn.Module, name: str, machine: "Machine", dry_r
     return f"{file}" + (f", but for {', '.join(head)} (another number of classes)" if head else "")
 
 
+class Published(NamedTuple):
+    url: str
+    file: str  # its name under weights/
+    dataset: str
+    model: str
+
+
+def on_drive(identity: str) -> str:
+    """The address of a public file on Google Drive; confirm=t: without the page that says it was not scanned for viruses."""
+    return f"https://drive.usercontent.google.com/download?id={identity}&export=download&confirm=t"
+
+
+GAME_OF_NOISE = "https://github.com/bethgelab/game-of-noise/releases/download/v1.0/"
+
+# Checkpoints that others published, by the names that --weights and --download take; weights/README.md says what each of them scores.
+PUBLISHED_WEIGHTS = {
+    # GrETTA (Wang, Yang & Lin; github.com/agil27/GrETTA): classifiers trained with AugMix, and the students distilled from them
+    "gretta-resnext": Published(on_drive("13WhxEVrh23cV22URtAuJytBgG2cvgP0h"), "gretta-resnext.pth", "cifar100", "resnext"),
+    "gretta-wideresnet": Published(on_drive("19fHZG4ZVcli0L8nmXCdf8YZvu6wHwHFx"), "gretta-wideresnet.pth", "cifar100", "wideresnet"),
+    "gretta-resnext-student": Published(on_drive("1MQs0Vx4Mjv6w5Rs5Qnr31YrLy6xTNMJj"), "gretta-resnext-student.pth", "cifar100", "student"),
+    "gretta-wideresnet-student": Published(on_drive("1ycNtxRtewRs81myG6Hn3YI9ds2aufM_p"), "gretta-wideresnet-student.pth", "cifar100", "student"),
+    # AugMix (Hendrycks et al. 2020), as RobustBench (github.com/RobustBench/robustbench) keeps it
+    "robustbench-cifar10-resnext": Published(on_drive("1uGP3nZbL3LC160kOsxwkkt6tDd4qbZT1"), "robustbench-cifar10-resnext.pt", "cifar10", "resnext"),
+    "robustbench-cifar10-wideresnet": Published(
+        on_drive("1wy7gSRsUZzCzj8QhmTbcnwmES_2kkNph"), "robustbench-cifar10-wideresnet.pt", "cifar10", "wideresnet"
+    ),
+    "robustbench-cifar100-resnext": Published(
+        on_drive("1ocnHbvDdOBLvgNr6K7vEYL08hUdkD1Rv"), "robustbench-cifar100-resnext.pt", "cifar100", "resnext"
+    ),
+    "robustbench-cifar100-wideresnet": Published(
+        on_drive("1XpFFdCdU9LcDtcyNfo6_BV1RZHKKkBVE"), "robustbench-cifar100-wideresnet.pt", "cifar100", "wideresnet"
+    ),
+    # Game of Noise (Rusak et al. 2020; github.com/bethgelab/game-of-noise)
+    "ANT": Published(GAME_OF_NOISE + "ANT_Model.pth", "ANT_Model.pth", "imagenet", "resnet50"),
+    "ANT+SIN": Published(GAME_OF_NOISE + "ANT_SIN_Model.pth", "ANT_SIN_Model.pth", "imagenet", "resnet50"),
+    "ANT3x3": Published(GAME_OF_NOISE + "ANT3x3_Model.pth", "ANT3x3_Model.pth", "imagenet", "resnet50"),
+    "ANT3x3+SIN": Published(GAME_OF_NOISE + "ANT3x3_SIN_Model.pth", "ANT3x3_SIN_Model.pth", "imagenet", "resnet50"),
+    "Speckle": Published(GAME_OF_NOISE + "Speckle_Model.pth", "Speckle_Model.pth", "imagenet", "resnet50"),
+    "Gauss_mult": Published(GAME_OF_NOISE + "Gauss_mult_Model.pth", "Gauss_mult_Model.pth", "imagenet", "resnet50"),
+    "Gauss_sigma_0.5": Published(GAME_OF_NOISE + "Gauss_sigma_0.5_Model.pth", "Gauss_sigma_0.5_Model.pth", "imagenet", "resnet50"),
+}
+
+
+def default_checkpoint(dataset: str, model: str) -> str | None:
+    """The name of the published AugMix classifier for a CIFAR set; None where there is none."""
+    names = [name for name, published in PUBLISHED_WEIGHTS.items() if (published.dataset, published.model) == (dataset, model)]
+    return names[0] if names and dataset.startswith("cifar") and model != "student" else None  # GrETTA's own before RobustBench's
+
+
+def find_checkpoint(given: str, machine: "Machine", dry_run: bool = False) -> Path | None:
+    """The file that --weights means: a name of PUBLISHED_WEIGHTS (see published_file), or a path, which is returned as it is."""
+    return published_file(given, machine, dry_run) if given in PUBLISHED_WEIGHTS else Path(given)
+
+
+def published_file(name: str, machine: "Machine", dry_run: bool = False) -> Path | None:
+    """The file of one of PUBLISHED_WEIGHTS, downloaded by rank 0 if it is missing. A dry run downloads nothing: None where it is missing."""
+    published = PUBLISHED_WEIGHTS[name]
+    file = WEIGHTS / published.file
+    if dry_run and not file.is_file():
+        if machine.is_main:
+            print(f"{name}: {file} is not there, and a dry run downloads nothing: the model stays untrained", flush=True)
+        return None
+    if machine.is_main:
+        download(published.url, file)
+        check_recorded(file)
+    machine.barrier()
+    return file
+
+
+def check_recorded(file: Path) -> None:
+    """Record the file's sha256 in sha256.json beside it, {file name: hex}, or compare it with the one that is there.
+
+    For files without a published checksum: what was used first is what is used later. Raises InputError for a file that differs.
+    """
+    record = file.with_name("sha256.json")
+    try:
+        known = json.loads(record.read_text()) if record.is_file() else {}
+        recorded = known.get(file.name)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{record} does not hold checksums by file name ({error}): remove it, and they are recorded anew") from error
+    found = file_hash(file, "sha256")
+    if recorded is None:
+        write_json(record, known | {file.name: found})
+    elif found != recorded:
+        raise InputError(
+            f"{file} has sha256 {found}, but {record} recorded {recorded} when it was first used: "
+            f"remove {file} to fetch it again, or its line in {record} if the change was meant"
+        )
+
+
+def load_checkpoint(model: nn.Module, given: str, machine: "Machine", dry_run: bool = False) -> Path | None:
+    """Load the checkpoint that find_checkpoint finds into `model` and return its file; None: a dry run left the model untrained."""
+    file = find_checkpoint(given, machine, dry_run)
+    if file is not None:
+        load_weights(model, file)
+    return file
+
+
 def download(url: str, file: Path, sha256_prefix: str | None = None, md5: str | None = None) -> Path:
     """Fetch `url` to `file` unless it is there. The file appears whole or not at all; InputError says what went wrong, and what to do.
 
-    What came before a connection broke off waits in `<file>.part`, and the next call goes on from there where the server can (a Range request).
+    A server that answers with a page (Google Drive, when many asked for a file or it is gone) is refused before anything is written. What came before a connection broke off waits in `<file>.part`, and the next call goes on from there where the server can (a Range request).
     sha256_prefix (the first digits of the checksum, as in torchvision's file names) or md5: a file of another checksum is removed.
     """
     if file.is_file():
@@ -1464,33 +2244,42 @@ def download(url: str, file: Path, sha256_prefix: str | None = None, md5: str | 
 
     part = file.with_name(f"{file.name}.part")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         held = part.stat().st_size if part.is_file() else 0
         print(f"downloading {url} to {file}" + (f", from byte {held:,} on" if held else ""), flush=True)
         with open_url(url, held) as answer:
             held = held if answer.status == 206 else 0  # 200: the server sends the whole of it
             size = held + int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
+            chunk = answer.read(2**20)
+            if answer.headers.get_content_type() == "text/html" or (not held and chunk[:100].lstrip().startswith(b"<")):
+                raise InputError(f"{url} answered with a page, not the file (quota?): fetch it in a browser and put it at {file}")
+            file.parent.mkdir(parents=True, exist_ok=True)
             with (
                 open(part, "ab" if held else "wb") as stream,
                 tqdm(total=size, initial=held, unit="B", unit_scale=True, desc=file.name, disable=None) as bar,
             ):
-                while chunk := answer.read(2**20):
+                while chunk:
                     stream.write(chunk)
                     bar.update(len(chunk))
+                    chunk = answer.read(2**20)
         if size is not None and part.stat().st_size != size:
             raise OSError(f"the connection broke off after {part.stat().st_size:,} of {size:,} bytes; the same command goes on from there")
         for name, wanted in (("sha256", sha256_prefix), ("md5", md5)):
-            found = hashlib.new(name)
-            with open(part, "rb") as stream:
-                while wanted and (chunk := stream.read(2**20)):
-                    found.update(chunk)
-            if wanted and not found.hexdigest().startswith(wanted):
+            found = file_hash(part, name) if wanted else ""
+            if wanted and not found.startswith(wanted):
                 part.unlink()
-                raise OSError(f"its {name} is {found.hexdigest()}, not {wanted}…, so it was removed")
+                raise OSError(f"its {name} is {found}, not {wanted}…, so it was removed")
         os.replace(part, file)
+    except InputError:
+        raise
     except (OSError, ValueError, http.client.HTTPException) as error:  # no network, no such file, another checksum
         raise InputError(f"cannot download {url} ({error}): try again, or put the file at {file} yourself") from error
     return file
+
+
+def file_hash(file: Path, name: str) -> str:
+    """A file's "md5" or "sha256", in hexadecimal digits."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, name).hexdigest()
 
 
 def open_url(url: str, held: int) -> http.client.HTTPResponse:
@@ -1504,56 +2293,102 @@ def open_url(url: str, held: int) -> http.client.HTTPResponse:
         return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
 
 
-def how_to_get(name: str, data_root: str | Path) -> str:
-    """The command and the address that get one of ARCHIVES."""
+def how_to_get(name: str, data_root: str | Path, damaged: Path | None = None) -> str:
+    """The command and the address that get one of ARCHIVES; what is `damaged` must be removed before, or it would be taken for whole."""
     root = "" if str(data_root) == "data" else f" --data-root {data_root}"
-    return f"get it with python common.py --download {name}{root}, or unpack {ARCHIVES[name][0]} in {data_root}"
+    target, files = ARCHIVES[name]
+    address = next((url for url, _, _ in files if damaged is not None and damaged.name.startswith(Path(url).stem)), files[0][0])
+    remove = f"remove {damaged} and " if damaged is not None and damaged.exists() else ""
+    return f"{remove}get it with python common.py --download {name}{root}, or unpack {address} in {Path(data_root) / target}"
 
 
-def fetch_archive(name: str, data_root: str | Path) -> Path:
-    """Download and unpack one of ARCHIVES, unless its folder is there, and return the folder. The archive is removed once it is unpacked."""
-    url, md5, folder = ARCHIVES[name]
-    directory = Path(data_root) / folder
-    if not directory.exists():
-        archive = download(url, Path(data_root) / url.rsplit("/", 1)[1], md5=md5)
-        unpack(archive, Path(data_root), folder)
-        archive.unlink()
-    return directory
+def fetch(name: str, data_root: str | Path) -> Path:
+    """Download and unpack what is missing of one of ARCHIVES, and return its folder. An archive is removed once it is unpacked. InputError for
+    what cannot be had: what was downloaded so far waits for the next call."""
+    target, files = ARCHIVES[name]
+    directory = Path(data_root) / target
+    for url, md5, members in files:
+        if all((directory / member).exists() or (name == "mnist" and mnist_file(member, data_root).is_file()) for member in members):
+            continue
+        packed = Path(url).name not in members
+        try:
+            file = download(url, directory / Path(url).name, md5=md5)
+        except InputError as error:
+            raise InputError(f"{directory / members[0]} is missing: {error}") from error
+        if packed:
+            unpack(file, directory, members)
+            file.unlink()
+    return directory / files[0][2][0] if len(files) == 1 else directory
 
 
-def unpack(archive: Path, root: Path, folder: str) -> None:
-    """Unpack a tar archive of one `folder` into `root`, where it appears whole or not at all. InputError, naming the member, for one that holds
-    anything but files and directories inside that folder, before anything is written; and for a damaged one."""
+def unpack(archive: Path, directory: Path, members: list[str]) -> None:
+    """Unpack a tar (gzipped or not) or zip archive of these folders into `directory`, where they appear whole or not at all. InputError, naming the
+    member, for one that holds anything but files and directories inside these folders, or far more than its own size, before anything is written;
+    and for a damaged one."""
+    import gzip
     import tarfile
-    import zlib
+    import zipfile
 
-    waiting = root / f".{folder}.unpacking"
+    waiting = directory / f".{archive.name}.unpacking"
+    most = 10 * archive.stat().st_size + 2**20  # of what the published ones hold: at most 4 times their own size (MNIST-C)
     try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                inside = os.path.normpath(member.name).split(os.sep)[0] == folder and ".." not in Path(member.name).parts
-                if not inside or not (member.isfile() or member.isdir()):
-                    raise InputError(f"{archive} holds {member.name!r}, which is no file in {folder}/: nothing was unpacked; remove the archive")
+        is_zip = zipfile.is_zipfile(archive)
+        with open(archive, "rb") as stream:
+            is_gzip = not is_zip and stream.read(2) == b"\x1f\x8b"
+        if is_gzip:  # tarfile reads long names whole: to look through the archive would do
+            held = 0
+            with gzip.open(archive) as stream:
+                while chunk := stream.read(2**20):
+                    held += len(chunk)
+                    if held > most:
+                        raise InputError(f"{archive} unpacks to more than {most:,} bytes: nothing was unpacked; remove the archive")
+        with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive, "r:gz" if is_gzip else "r:") as opened:
+            held = 0
+            for member in opened.infolist() if is_zip else opened:
+                name, size = (member.filename, member.file_size) if is_zip else (member.name, member.size)
+                inside = os.path.normpath(name).split(os.sep)[0] in members and ".." not in Path(name).parts
+                kind = member.external_attr >> 28 if is_zip else 0  # of a zip's member made on Unix: 8 a file, 4 a directory, 10 a link
+                plain = kind in (0, 4, 8) if is_zip else (member.isfile() or member.isdir()) and not member.issparse()
+                if not inside or not plain:
+                    allowed = f"{members[0]}/" if len(members) == 1 else f"one of {', '.join(members)}"
+                    raise InputError(f"{archive} holds {name!r}, which is no file in {allowed}: nothing was unpacked; remove the archive")
+                held += size
+                if size < 0 or held > most:  # before tarfile looks for the next one behind it
+                    raise InputError(f"{archive} holds {name!r} of {size:,} bytes, too many for it: nothing was unpacked; remove the archive")
+            free = shutil.disk_usage(directory).free
+            if held > free:
+                raise InputError(f"{archive} holds {held:,} bytes, but {directory} has room for {free:,}: make room, and the same command goes on")
             shutil.rmtree(waiting, ignore_errors=True)
-            tar.extractall(waiting, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # Python 3.11.4 brought it
-        os.replace(waiting / folder, root / folder)
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+            opened.extractall(waiting, **({"filter": "data"} if not is_zip and hasattr(tarfile, "data_filter") else {}))  # since Python 3.11.4
+        for member in members:
+            if not (directory / member).exists():  # some were there before
+                os.replace(waiting / member, directory / member)
+    except InputError:
+        raise
+    except Exception as error:  # of the archive, its compression, the disk: each library has errors of its own
         raise InputError(f"{archive} cannot be unpacked ({error}): remove it, and get it again") from error
     finally:
         shutil.rmtree(waiting, ignore_errors=True)
 
 
 def train_classifier(
-    name: str, machine: "Machine", data_root: str | Path = "data", epochs: int = 30, batch_size: int = 50, lr: float = 0.1, seed: int = 0
+    name: str,
+    machine: "Machine",
+    data_root: str | Path = "data",
+    epochs: int = 30,
+    batch_size: int = 50,
+    lr: float = 0.1,
+    seed: int = 0,
+    dataset: str = "digits",
 ) -> nn.Module:
-    """A digits classifier: SGD with Nesterov momentum 0.9, weight decay 5e-4, one-cycle learning rate, label smoothing 0.1, mild augmentation."""
+    """A classifier of digits or mnist: SGD with Nesterov momentum 0.9, weight decay 5e-4, one-cycle learning rate, label smoothing 0.1, mild augmentation."""
     from tqdm import tqdm
 
     with torch.random.fork_rng(devices=[]):  # the caller's random state must not depend on whether a file was at hand
         torch.manual_seed(seed)
-        model = build_model(name, 10, "digits").to(machine.device, memory_format=machine.weight_layout)
-    images, labels = (tensor.to(machine.device) for tensor in load_split("digits", "train", data_root))
-    validation = load_split("digits", "val", data_root)
+        model = build_model(name, 10, dataset).to(machine.device, memory_format=machine.weight_layout)
+    images, labels = (tensor.to(machine.device) for tensor in load_split(dataset, "train", data_root))
+    validation = load_split(dataset, "val", data_root)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     steps = epochs * (len(labels) // batch_size)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
@@ -1593,6 +2428,10 @@ class Machine(NamedTuple):
     def chunk(self) -> int:
         """Images in one forward pass without gradient: on a CPU what stays in its cache, which is faster than larger batches."""
         return 128 if self.device.type == "cpu" else 4096
+
+    def chunk_of(self, height: int, width: int) -> int:
+        """As `chunk`, for images of this size: a GPU takes as many pixels at a time."""
+        return self.chunk if self.device.type == "cpu" else max(1, self.chunk * 32 * 32 // (height * width))
 
     def layout(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) in the layout to train in: channels_last, which is faster, but for odd batches on a CPU, where oneDNN's backward
@@ -1653,6 +2492,80 @@ def start_machine(device: str = "auto", amp: bool = False, seed: int = 0) -> Mac
     np.random.seed(seed)
     torch.manual_seed(seed)
     return Machine(chosen, rank, world_size, amp_dtype)
+
+
+class Interrupted(BaseException):
+    """SIGTERM (Slurm, torchrun) or SIGINT (Ctrl-C) ended the run; run_script turns it into exit code 143 or 130."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+class Stop:
+    """What run_script's signal handlers know: whether a step must be finished first, and whether a signal waits."""
+
+    deferred, signum, directory = False, 0, None
+
+
+def on_signal(signum: int, _frame: object) -> None:
+    if not Stop.deferred or Stop.signum:  # nothing to finish, or asked a second time
+        raise Interrupted(signum)
+    Stop.signum = signum
+
+
+class Pace:
+    """When a checkpoint is due before the epoch is over: after so many minutes, or because a signal asked the run to stop.
+
+    From `begin` to `end`, a signal waits for the step to be finished. Every rank hears the same: on several, they ask each other every `every` steps.
+    """
+
+    def __init__(self, minutes: float, every: int, machine: Machine):
+        self.seconds, self.every, self.machine = 60 * minutes, every, machine
+        self.since, self.signum = time.monotonic(), 0
+
+    def begin(self) -> None:
+        Stop.deferred = True
+
+    def due(self, step: int, now: bool = False) -> bool:
+        """`now`: whatever the step."""
+        late = time.monotonic() - self.since > self.seconds
+        self.signum = Stop.signum
+        if self.machine.world_size > 1:
+            if step % self.every and not now:
+                return False
+            asked = torch.tensor([self.signum, int(late)], device=self.machine.device)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            self.signum, late = asked.tolist()
+        return bool(self.signum or late)
+
+    def saved(self) -> None:
+        """A checkpoint was written: time starts anew, and a run that was asked to stop ends here."""
+        self.since = time.monotonic()
+        if self.signum:
+            self.machine.barrier()
+            raise Interrupted(self.signum)
+
+    def end(self) -> None:
+        """The epoch is over: from now on a signal ends the run at once, and one that waits does so now."""
+        Stop.deferred = False
+        if Stop.signum:
+            raise Interrupted(Stop.signum)
+
+
+def random_states(machine: Machine) -> list[list[torch.Tensor]]:
+    """random_state of every rank, on every rank."""
+    states = [random_state(machine)]
+    if machine.world_size > 1:
+        states = [None] * machine.world_size
+        dist.all_gather_object(states, random_state(machine))
+    return states
+
+
+def restore_random_states(states: list[list[torch.Tensor]], machine: Machine) -> None:
+    """This rank's own; with another number of ranks than before, the first's for the first, and the others go on from their seeds."""
+    if len(states) == machine.world_size or machine.is_main:
+        restore_random_state(states[machine.rank], machine)
 
 
 def random_state(machine: Machine) -> list[torch.Tensor]:
@@ -1737,8 +2650,11 @@ def affine_batch_norm_forward(layer: nn.BatchNorm2d, x: torch.Tensor) -> torch.T
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_atomically(content: object, file: str | Path) -> None:
-    """Write a checkpoint of tensors and plain values beside `file`, flush it to disk, then rename it: readers see the old one or the new one."""
+def save_atomically(content: object, file: str | Path, keep_previous: bool = False) -> None:
+    """Write a checkpoint of tensors and plain values beside `file`, flush it to disk, then rename it: readers see the old one or the new one.
+
+    keep_previous: the old one stays as <name>.previous.<suffix>, for read_checkpoint. Raises InputError where it cannot be written: the old one stays.
+    """
     file = Path(file)
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -1747,17 +2663,99 @@ def save_atomically(content: object, file: str | Path) -> None:
             torch.save(content, stream)
             stream.flush()
             os.fsync(stream.fileno())
+        if keep_previous and file.is_file():
+            older = previous_of(file)
+            older.unlink(missing_ok=True)
+            try:
+                os.link(file, older)  # at every moment one of the two is whole
+            except OSError:  # a file system without links
+                os.replace(file, older)
         os.replace(beside, file)
+        with contextlib.suppress(OSError):  # the renaming itself to disk; not every file system can
+            descriptor = os.open(file.parent, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise InputError(f"cannot write {file}: {error}; what it held before is still there") from error
+
+
+def previous_of(file: Path) -> Path:
+    return file.with_name(f"{file.stem}.previous{file.suffix}")
+
+
+def save_run(state: dict, directory: Path, machine: "Machine") -> None:
+    """A run's checkpoint.pt, by rank 0, the one before it kept; InputError, and nothing written, where the model's weights are not finite."""
+    if not machine.is_main:
+        return
+    file = directory / "checkpoint.pt"
+    bad = next((key for key, value in state["state_dict"].items() if value.is_floating_point() and not value.isfinite().all()), None)
+    if bad is not None:
+        raise InputError(f"{bad} is not finite at step {state['step']}: lower --lr; the last good checkpoint is {file}")
+    for beside in directory.glob(".*.pt.*"):  # of a run that was killed while it wrote
         beside.unlink(missing_ok=True)
-        raise InputError(f"cannot write {file}: {error}") from error
+    save_atomically(state, file, keep_previous=True)
+
+
+def check_unchanged(saved: dict, fixed: dict, file: Path) -> None:
+    """InputError, naming them, for settings of the run that is continued (its "fixed") that are others now."""
+    before = saved.get("fixed", {})
+    changed = [f"--{name.replace('_', '-')} was {before.get(name)}" for name in fixed if before.get(name) != fixed[name]]
+    if changed:
+        raise InputError(f"{file} is of a run with other settings ({', '.join(changed)}): leave them as they were, or choose another --run-dir")
+
+
+@contextlib.contextmanager
+def continues(file: Path) -> Iterator[None]:
+    """Within it a checkpoint's parts are put in their places; InputError where one does not fit."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise InputError(f"{file} does not continue here: {error}; use the settings, --device and --amp that it was begun with") from error
+
+
+def restore_place(saved: dict, generator: torch.Generator) -> "Place":
+    """Set the generator to where the checkpoint's epoch began, and return the place in it; between two epochs, to where it was."""
+    if saved["batches"] == 0:
+        generator.set_state(saved["generator"])
+        return EPOCH_START
+    generator.set_state(saved["epoch_start"])
+    return Place(saved["batches"], saved["generator"])
+
+
+def has_checkpoint(directory: str | Path | None) -> bool:
+    """Whether a run's directory holds a checkpoint to continue from."""
+    file = Path(directory or "") / "checkpoint.pt"
+    return bool(directory) and (file.is_file() or previous_of(file).is_file())
+
+
+def read_checkpoint(directory: str | Path, advice: str) -> dict:
+    """A run's checkpoint; where the newest one is damaged, the one before it, with a warning. Raises InputError where neither can be read."""
+    file = Path(directory) / "checkpoint.pt"
+    try:
+        state = load_tensors(file, advice)
+    except InputError as error:
+        if not previous_of(file).is_file():
+            raise
+        state = load_tensors(previous_of(file), advice)
+        sys.stderr.write(f"warning: {error}; going on from {previous_of(file)}\n")
+    if not isinstance(state, dict):
+        raise InputError(f"{file} holds no run: {advice}")
+    return state
 
 
 def load_tensors(file: str | Path, advice: str) -> object:
     """Unpickle tensors and plain values only. Raises InputError for a missing, truncated or unsafe file."""
+    import zipfile
+
     if not Path(file).is_file():
         raise InputError(f"{file} does not exist: {advice}")
     try:
+        if zipfile.is_zipfile(file):  # torch compresses nothing: more than the file's size is built to fill the memory
+            with zipfile.ZipFile(file) as archive:
+                if sum(member.file_size for member in archive.infolist()) > Path(file).stat().st_size:
+                    raise ValueError("it holds more than its own size")
         with warnings_off():
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile, EOF and runtime errors, as torch.load meets them
@@ -1819,21 +2817,35 @@ def evaluate_models(models: list[nn.Module], data: Data, batch_size: int, worker
 
 
 def evaluate_corruptions(
-    models: list[nn.Module], corrupted: Callable[[str, int], Data], batch_size: int, workers: int, machine: Machine
+    models: list[nn.Module], corruptions: Corruptions, batch_size: int, workers: int, machine: Machine
 ) -> list[dict[str, list[float]]]:
-    """For each model {corruption: [accuracy (%) at severity 1, …, 5]}; `corrupted(name, severity)` makes, or reads, every set once."""
+    """For each model {corruption: [accuracy (%) at each severity]}, the extra corruptions last; every set is made, or read, once."""
     from tqdm import tqdm
 
-    found = [{name: [] for name in CORRUPTIONS} for _ in models]
-    progress = tqdm(total=5 * len(CORRUPTIONS), desc="corruptions", unit="set", disable=not machine.is_main)
-    for name in CORRUPTIONS:
-        for severity in range(1, 6):
-            figures = evaluate_models(models, corrupted(name, severity), batch_size, workers, machine)
+    names = corruptions.names + corruptions.extra
+    found = [{name: [] for name in names} for _ in models]
+    progress = tqdm(total=len(names) * len(corruptions.severities), desc="corruptions", unit="set", disable=not machine.is_main)
+    for name in names:
+        for severity in corruptions.severities:
+            figures = evaluate_models(models, corruptions.read(name, severity), batch_size, workers, machine)
             for values, figure in zip(found, figures):
                 values[name].append(figure["top1_accuracy"])
             progress.update()
     progress.close()
     return found
+
+
+def auroc(scores: torch.Tensor, labels: torch.Tensor) -> float | None:
+    """The area under the ROC curve of scores (N,) for labels (N,) of 0 and 1: the share of pairs of a positive and a negative whose order is right,
+    ties counting half. None where all labels are alike."""
+    positive = labels > 0.5
+    count = int(positive.sum())
+    if count in (0, len(labels)):
+        return None
+    values, place, equals = scores.double().unique(return_inverse=True, return_counts=True)
+    last = equals.cumsum(0).double()
+    ranks = (last - (equals - 1) / 2)[place]  # 1…N, equal scores share their mean
+    return ((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(labels) - count))).item()
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor, top: int = 1) -> float:
@@ -1854,13 +2866,19 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **keywords)
 
     def error(self, message: str):
-        sys.stderr.write(f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
+        sys.stderr.write(f"{self.prog}: error: {' '.join(one_line(message).split())} (see --help)\n")
         sys.exit(2)
 
-    def parse(self, argv: list[str] | None, published: Callable[[argparse.Namespace], dict]) -> argparse.Namespace:
+    def parse(
+        self,
+        argv: list[str] | None,
+        published: Callable[[argparse.Namespace], dict],
+        translate: Callable[[dict, argparse.Namespace], dict] = lambda values, given: values,
+    ) -> argparse.Namespace:
         """Parse argv; a flag left out takes the value of the run continued, then that of the --load-conf file, then `published(args)`'s, then its default.
 
-        published: from what is given so far (data set and model among it) to a dict of the values published for it.
+        published: from what is given so far (data set and model among it) to a dict of the values published for it. translate: from the values of
+        a configuration, and what is given, to flags.
         """
         argv = sys.argv[1:] if argv is None else argv
         argv = [self.hyphenate(word) for word in argv]
@@ -1870,7 +2888,7 @@ class Parser(argparse.ArgumentParser):
             earlier = Path(given.run_dir) / "args.json"  # the run that is continued or used: its own settings go before those of --load-conf
             configurations += [earlier] if earlier.is_file() else []
         for configuration in configurations:
-            self.set_defaults(**self.read_configuration(configuration))
+            self.set_defaults(**self.read_configuration(configuration, functools.partial(translate, given=given)))
         given = self.parse_args(argv)
         for name, value in published(given).items():
             if getattr(given, name, "") is None:
@@ -1882,16 +2900,17 @@ class Parser(argparse.ArgumentParser):
         name, equals, value = word.partition("=")
         return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
-    def read_configuration(self, file: str | Path) -> dict:
+    def read_configuration(self, file: str | Path, translate: Callable[[dict], dict]) -> dict:
         try:
             values = json.loads(Path(file).read_text())
             if not isinstance(values, dict):
                 raise ValueError("not a JSON object")
-        except (OSError, ValueError) as error:
+            values = translate(values)
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:  # of another form than expected
             self.error(f"--load-conf {file}: {error}")
         actions = {action.dest: action for action in self._actions}
         # What an earlier run's args.json says of that run, not of the method.
-        skipped = set(ENVIRONMENT_KEYS) | {"run_dir", "resume", "load_conf", "evaluate", "predict", "dry_run"}
+        skipped = set(ENVIRONMENT_KEYS) | {"run_dir", "resume", "load_conf", "evaluate", "predict", "export", "dry_run"}
         values = {key.replace("-", "_"): value for key, value in values.items()}
         unknown = sorted(set(values) - set(actions) - skipped)
         if unknown:
@@ -1904,6 +2923,8 @@ class Parser(argparse.ArgumentParser):
             switch = isinstance(action, (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse.BooleanOptionalAction))
             if switch and not isinstance(value, bool):
                 self.error(f"--load-conf {file}: {key} is true or false, not {value!r}")
+            if isinstance(value, str) and not value.isprintable():
+                self.error(f"--load-conf {file}: {key} holds characters that cannot be printed")
             if value is None and action.default is not None:
                 self.error(f"--load-conf {file}: {key} is null, but needs a value")
             if value is not None and not switch:
@@ -1930,6 +2951,8 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
 
     def parse(text: str):
         value = kind(text)
+        if kind is int and abs(value) >= 2**63:  # more than torch takes for a seed
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be below 2^63")
         inside = (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
         if not inside or not math.isfinite(value):
             below = "" if high == math.inf else f" and {'<' if open_high else '≤'} {high:g}"
@@ -1948,21 +2971,36 @@ def boolean(text: str) -> bool:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run `main`; bad input ends in one line on stderr and exit code 2."""
+    """Run `main`; bad input ends in one line on stderr and exit code 2, SIGTERM in 143 and SIGINT in 130, with a line that says how to go on."""
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, on_signal)
+    script = Path(sys.argv[0]).name
     try:
         main()
         if dist.is_initialized():  # ranks leave together: one that closes its connections while another still works may abort it
             with contextlib.suppress(RuntimeError):
                 dist.barrier()
     except (InputError, OSError) as error:  # an OSError names the file and what the system said
-        if "tqdm" in sys.modules:  # bars that are still open would be drawn over the line
-            for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
-                bar.close()
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}\n")
+        close_bars()
+        sys.stderr.write(f"{script}: error: {' '.join(one_line(str(error)).split())}\n")
         sys.exit(2)
+    except Interrupted as stopped:
+        close_bars()
+        if os.environ.get("RANK", "0") == "0":
+            again = f"; continue with --resume --run-dir {Stop.directory}" if Stop.directory else ""
+            sys.stderr.write(f"{script}: stopped by {signal.Signals(stopped.signum).name}{again}\n")
+        sys.stderr.flush()
+        os._exit(128 + stopped.signum)  # the other ranks may be in the middle of anything: nobody waits for anybody
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def close_bars() -> None:
+    """Progress bars that are still open would be drawn over the last line."""
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
 
 
 ENVIRONMENT_KEYS = ("git_commit", "versions", "device_name", "world_size", "command")
@@ -1973,6 +3011,7 @@ class Run:
 
     def __init__(self, directory: Path, machine: Machine, arguments: dict | None, resume_step: int | None, started: float):
         self.directory, self.machine, self.started = directory, machine, started
+        Stop.directory = directory
         self.log_file = self.writer = None
         if not machine.is_main:
             return
@@ -2018,7 +3057,7 @@ class Run:
 
 def argument_of_run(directory: Path, name: str) -> object:
     """An argument that a run was started with; None where there is no such run."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
         return json.loads((directory / "args.json").read_text()).get(name)
     return None
 
@@ -2026,9 +3065,28 @@ def argument_of_run(directory: Path, name: str) -> object:
 def read_results(directory: Path) -> dict:
     """The results.json of a finished run."""
     try:
-        return json.loads((directory / "results.json").read_text())
-    except (OSError, ValueError) as error:
+        results = json.loads((directory / "results.json").read_text())
+        if not isinstance(results, dict):
+            raise ValueError("not a JSON object")
+        return results
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{directory / 'results.json'}: no results of a finished run ({error})") from error
+
+
+def check_run(saved: dict, file: str | Path, **kinds: type) -> None:
+    """InputError, naming what is not there, unless a run's checkpoint holds all of these, each of its type."""
+    wrong = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
+    if wrong:
+        raise InputError(f"{file} holds no run, or a damaged one (look at {', '.join(wrong)}): choose another")
+
+
+@contextlib.contextmanager
+def reading_run(file: Path, advice: str) -> Iterator[None]:
+    """InputError, ending in `advice`, where a run's file turns out, as it is used, to hold something else."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError) as error:
+        raise InputError(f"{file} is damaged or was begun otherwise ({type(error).__name__}: {error}): {advice}") from error
 
 
 def run_directory(script: str, arguments: dict, method: str, machine: Machine) -> Path:
@@ -2074,10 +3132,10 @@ def write_text(file: Path, text: str) -> None:
 
 def keep_log(file: Path, step: int) -> None:
     """Drop the lines after `step`: a resumed run writes them again."""
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
     kept = []
     for line in lines:
-        with contextlib.suppress(ValueError):  # a run that was killed may leave half a line
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a run that was killed may leave half a line
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     file.write_text("".join(kept))
@@ -2124,7 +3182,7 @@ def table_cells(results: dict) -> Iterator[tuple[str, str, str, float]]:
     section = f"{results['script']} {results['dataset']} {results['model']}"
     method = str(results["method"])
     if isinstance(results.get("accuracy"), dict):  # gretta: baselines are rows beside the method
-        setting = f"{100 * results['proportion']:g} %" if results.get("proportion") else results.get("train_on", "all")
+        setting = f"{100 * results['proportion']:g} %" if results.get("proportion") else str(results.get("train_on", "all"))
         if "corruptions" in results:
             for corruption, errors in results["corruptions"].items():
                 for name, value in errors.items():
@@ -2151,11 +3209,16 @@ def table(directories: list[str | Path]) -> str:
             results = read_results(Path(directory))
             for section, row, column, value in table_cells(results):
                 # A baseline is the same figure in every run of its seed and setting: one value per seed counts.
+                if not isinstance(value, (int, float)):
+                    raise TypeError(f"{column} is {value!r}, not a number")
+                value = float(value)
                 values = cells.setdefault(section, {}).setdefault(row, {}).setdefault(column, {})
                 if row == results["method"] and column != "wall_seconds" and values.get(results["seed"], value) != value:
                     raise InputError(f"{file}: {row} with seed {results['seed']} is there twice, with other settings: make a table for each")
                 values[results["seed"]] = value
-        except (KeyError, TypeError, AttributeError) as error:
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise InputError(f"{file}: no results of a finished run ({type(error).__name__}: {error})") from error
     lines = []
     for section, rows in cells.items():
@@ -2190,11 +3253,20 @@ def main() -> None:
     parser.add_argument("run_dirs", nargs="*", metavar="RUN_DIR", help="directories of finished runs: print their results, mean ± std over seeds")
     parser.add_argument("--train-weights", metavar="MODEL", help="train this classifier on digits and write weights/digits-MODEL.pt")
     parser.add_argument("--contact-sheet", metavar="PNG", help="draw every corruption at every severity")
-    parser.add_argument("--download", choices=tuple(ARCHIVES), metavar="SET", help=f"get a data set: {', '.join(ARCHIVES)}")
-    parser.add_argument("--data-root", default="data", metavar="DIR", help="where --download unpacks it")
+    names = (*ARCHIVES, *PUBLISHED_WEIGHTS)
+    parser.add_argument(
+        "--download",
+        type=lambda name: name if name in names else name.lower().replace("cifar-", "cifar"),  # CIFAR-10-C is cifar10-c
+        choices=names,
+        metavar="NAME",
+        help=f"get a data set or a checkpoint: {', '.join(names)}",
+    )
+    parser.add_argument("--data-root", default="data", metavar="DIR", help="where --download unpacks a data set")
     args = parser.parse_args()
-    if args.download:
-        print(f"{fetch_archive(args.download, args.data_root)} is there")
+    if args.download in PUBLISHED_WEIGHTS:
+        print(published_file(args.download, Machine(torch.device("cpu"))))
+    elif args.download:
+        print(f"{fetch(args.download, args.data_root)} is there")
     elif args.contact_sheet:
         contact_sheet(args.contact_sheet)
     elif args.train_weights:

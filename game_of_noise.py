@@ -28,7 +28,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -73,23 +72,28 @@ SETTINGS = {
         "workers": 30,
     },
 }
+# Not in the paper, and not tuned: MNIST as digits, CIFAR at the ε of constant RMS, one's own pictures as ImageNet.
+SETTINGS["mnist"] = SETTINGS["digits"] | {"epochs": 3, "lr_step": 2, "batch_size": 100, "fresh_iterations": 100, "star_iterations": 200}
+SETTINGS["cifar10"] = SETTINGS["imagenet"] | {
+    "model": "wideresnet",
+    "epsilon": 19.3,
+    "lr": 1e-2,
+    "lr_step": 20,
+    "epochs": 40,
+    "batch_size": 128,
+    "workers": 0,
+}
+SETTINGS["cifar100"] = SETTINGS["cifar10"]
+SETTINGS["folder"] = SETTINGS["imagenet"]
+SETTINGS["fake"] = SETTINGS["cifar10"] | {"fresh_iterations": 10, "star_iterations": 10, "epochs": 2}
 
 MODES = ("ANT", "ANT+SIN", "Gauss_single", "Gauss_mult", "Speckle", "clean")
 ARCHITECTURES = {"inceptionV3": "inception_v3"}  # the published code's name: torchvision's
 SIGMAS = {"Gauss_mult": (0.08, 0.12, 0.18, 0.26, 0.38), "Speckle": (0.15, 0.2, 0.35, 0.45, 0.6)}  # drawn per image
 SIN_IMAGES = 15  # stylised images that --mode ANT+SIN adds to a batch of 70
 
-# The models of github.com/bethgelab/game-of-noise, all ResNet-50
-RELEASES_URL = "https://github.com/bethgelab/game-of-noise/releases/download/v1.0/"
-RELEASES = {
-    "ANT": "ANT_Model.pth",
-    "ANT+SIN": "ANT_SIN_Model.pth",
-    "ANT3x3": "ANT3x3_Model.pth",
-    "ANT3x3+SIN": "ANT3x3_SIN_Model.pth",
-    "Speckle": "Speckle_Model.pth",
-    "Gauss_mult": "Gauss_mult_Model.pth",
-    "Gauss_sigma_0.5": "Gauss_sigma_0.5_Model.pth",
-}
+# The models that were published with the paper
+RELEASES = tuple(name for name, published in common.PUBLISHED_WEIGHTS.items() if published.url.startswith(common.GAME_OF_NOISE))
 MODEL_NAMES = ("clean", *RELEASES, "ANT-SIN", "Gauss_single")
 
 # Errors (%) of AlexNet on ImageNet-C, mean over severities (Hendrycks & Dietterich 2019): what an mCE of 100 is
@@ -114,7 +118,7 @@ ALEXNET_ERRORS = {
 
 def by_data_set(name: str) -> str:
     """The part of a help text that shows a setting's defaults."""
-    return "(default: " + ", ".join(f"{settings[name]:g} for {dataset}" for dataset, settings in SETTINGS.items()) + ")"
+    return "(default: " + ", ".join(f"{SETTINGS[dataset][name]:g} for {dataset}" for dataset in ("digits", "imagenet")) + ")"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -127,6 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--run-dir", metavar="DIR", help="where the run is written (default: runs/game_of_noise/…)")
     add("--resume", action="store_true", help="continue what --run-dir holds")
     add("--checkpoint-every", type=number(int, 1), default=1, metavar="EPOCHS", help="epochs between checkpoints")
+    add("--checkpoint-minutes", type=number(float, 0, open_low=True), default=10.0, metavar="MINUTES", help="and within an epoch after so long")
     add("--log-every", type=number(int, 1), default=10, metavar="STEPS", help="steps between lines of log.jsonl")
     add("--load-conf", metavar="FILE", help="defaults from the args.json of an earlier run, or any JSON of flags")
     add(
@@ -141,14 +146,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model-name", choices=MODEL_NAMES, help="what to evaluate: clean, a model published with the paper, or, on digits, a mode (default: clean)")
     add("--dry-run", action="store_true", help="one small step of every phase, same outputs; downloads nothing")
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=tuple(SETTINGS), help="digits comes with the repository (default: digits; imagenet where one of its folders is named)")
-    add("--data-root", default="data", metavar="DIR", help="where the data sets lie")
+    add(
+        "--dataset",
+        choices=tuple(SETTINGS),
+        type=common.dataset_name,
+        help="digits comes with the repository (default: digits; imagenet where one of its folders is named)",
+    )
+    add("--data-root", default="data", metavar="DIR", help="where the data sets lie; with --dataset folder, your train/ and val/ or test/")
+    add("--fake-shape", type=common.fake_shape, default=common.FAKE_SHAPE, metavar="N,CLASSES,H,W", help="of --dataset fake: random images")
     add("--datadir-clean", metavar="DIR", help="ImageNet: a folder with train/ and val/ (default: <data-root>/imagenet)")
-    add("--imagenetc-path", metavar="DIR", help="ImageNet-C: <corruption>/<severity>/<class>/ (default: <data-root>/imagenet-c)")
+    add(
+        "--imagenetc-path",
+        "--corruptions-path",
+        metavar="DIR",
+        help="ImageNet-C, <corruption>/<severity>/<class>/, or another corrupted test set (default: imagenet-c, CIFAR-10-C, … in --data-root)",
+    )
+    add("--generate-corruptions", action="store_true", help="make the 15 corruptions of the test images where the published ones are not on disk")
     add("--datadir-sin", metavar="DIR", help="Stylized-ImageNet: a folder with train/, for --mode ANT+SIN (default: <data-root>/sin)")
     add("-j", "--workers", type=number(int, 0), help=f"processes that decode pictures, at most one per core {by_data_set('workers')}")
     add("-tb", "--test-batch-size", type=number(int, 1), default=256, help="pictures per batch in evaluation")
-    add("--eval-split", choices=("val", "test"), default="test", help="digits: what is evaluated at the end; val is for tuning")
+    add("--eval-split", choices=("val", "test"), default="test", help="images that are evaluated at the end; val is for tuning")
     add = parser.add_argument_group("model").add_argument
     add(
         "--model",
@@ -158,7 +175,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--weights",
         metavar="FILE",
-        help="the checkpoint to start from, or to evaluate (default: shipped in weights/ for digits, torchvision's for imagenet)",
+        help="a checkpoint, or a name of weights/README.md, to start from or to evaluate (default: shipped in weights/ for digits, torchvision's for imagenet)",
     )
     add = parser.add_argument_group("method").add_argument
     add("--mode", choices=MODES, default="ANT", help="noise in training; SIN adds stylised images; clean evaluates the weights as they are")
@@ -457,63 +474,18 @@ def epsilon_star(model: Callable, images: torch.Tensor, labels: torch.Tensor, no
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Sets(NamedTuple):
-    """What a run needs. `corrupted(name, severity)` makes or reads one corrupted test set."""
-
-    train: Data | None
-    stylised: Data | None
-    val: Data | None  # for the curves
-    test: Data
-    corrupted: Callable[[str, int], Data]
-    num_classes: int
-    size: int  # of the images, in px
+def stylised_images(directory: Path, dataset: str, clean: str | Path | None, data_root: str) -> Data:
+    """Stylized-ImageNet's train/, once its classes are found to be those of the clean pictures. Raises InputError."""
+    advice = "Stylized-ImageNet is made with https://github.com/rgeirhos/Stylized-ImageNet; name its folder, which holds train/, with --datadir-sin"
+    (_, _, where), classes = common.find_folders(dataset, Path(clean or data_root), clean is not None, False)
+    common.check_classes(directory / "train", common.class_folders(directory / "train", advice), classes, where)
+    return common.class_folder(directory / "train", classes)
 
 
-def load_digits_sets(data_root: str, eval_split: str, device: torch.device, dry_run: bool) -> Sets:
-    train, val, test = (common.load_split("digits", split, data_root) for split in ("train", "val", eval_split))
-    if dry_run:
-        train, val, test = (tuple(part[:few] for part in data) for data, few in ((train, 64), (val, 64), (test, 16)))
-
-    def corrupted(name: str, severity: int) -> Data:
-        return common.to_uint8(common.corrupt(common.to_float(test[0].to(device)), name, severity, seed=0)), test[1]
-
-    return Sets(tuple(part.to(device) for part in train), None, val, test, corrupted, common.NUM_CLASSES["digits"], test[0].shape[-1])
-
-
-def load_imagenet_sets(clean: Path, corruptions: Path, stylised: Path | None, evaluate: bool, dry_run: bool) -> Sets:
-    """ImageNet in `clean` (train/ and val/; to evaluate, val/ or its class folders will do), ImageNet-C in `corruptions`, Stylized-ImageNet in
-    `stylised` (train/). All folders and their classes are checked before the first picture is read. Raises InputError naming what is missing."""
-    advice = "ImageNet is had from https://image-net.org/download.php; name its folder, which holds train/ and val/, with --datadir-clean"
-    val = clean / "val"
-    if evaluate and clean.is_dir() and not val.is_dir() and not (clean / "train").is_dir():
-        val = clean  # the validation folder itself
-    classes = common.class_folders(val, advice)
-    train = clean / "train"
-    if not evaluate or train.is_dir():
-        common.check_classes(train, common.class_folders(train, advice), classes, val)
-    advice = "ImageNet-C (blur, digital, noise, weather) is had from https://zenodo.org/record/2235448; name its folder with --imagenetc-path"
-    corrupted = common.imagenet_c(corruptions, classes, val, advice, dry_run)
-    if stylised is not None:
-        advice = (
-            "Stylized-ImageNet is made with https://github.com/rgeirhos/Stylized-ImageNet; name its folder, which holds train/, with --datadir-sin"
-        )
-        common.check_classes(stylised / "train", common.class_folders(stylised / "train", advice), classes, val)
-
-    return Sets(
-        common.Folder(train, classes) if train.is_dir() else None,
-        common.Folder(stylised / "train", classes) if stylised is not None else None,
-        None,
-        common.Folder(val, classes).keep(8) if dry_run else common.Folder(val, classes),
-        corrupted,
-        len(classes),
-        224,
-    )
-
-
-def mean_accuracies(severities: dict[str, list[float]]) -> dict[str, float]:
-    """Accuracy per corruption, mean over severities; then `mean`, and `mean_without_noises`, which leaves out the first three."""
-    means = {name: sum(values) / len(values) for name, values in severities.items()}
-    others = list(means)[3:]
+def mean_accuracies(severities: dict[str, list[float]], names: tuple[str, ...]) -> dict[str, float]:
+    """Accuracy per named corruption, mean over severities; then `mean`, and `mean_without_noises`, which leaves out those called noise."""
+    means = {name: sum(severities[name]) / len(severities[name]) for name in names}
+    others = [name for name in names if not name.endswith("_noise")]
     return means | {"mean": sum(means.values()) / len(means), "mean_without_noises": sum(means[name] for name in others) / len(others)}
 
 
@@ -651,7 +623,7 @@ def draw_corruptions(file: Path, accuracy: dict[str, dict[str, float]], title: s
         places = [number + width * (position - (len(accuracy) - 1) / 2) for number in range(len(names))]
         axis.bar(places, [values[name] for name in names], width, label=label, color=("0.65", "tab:blue")[position - len(accuracy)])
     axis.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=7)
-    axis.set(ylabel="accuracy (%), mean of 5 severities", ylim=(0, 100), title=title)
+    axis.set(ylabel="accuracy (%), mean over severities", ylim=(0, 100), title=title)
     axis.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside upper right", ncols=2)
     figure.savefig(file)
@@ -698,20 +670,14 @@ def find_weights(dataset: str, model: str, name: str, dry_run: bool, machine: co
     """The file of the model that --model-name names (None for `clean`, which is what training starts from, and in a dry run that lacks it)."""
     if name == "clean":
         return None
-    if dataset == "digits":
-        file = common.WEIGHTS / f"digits-{model}-{name}.pt"
+    if dataset != "imagenet":
+        file = common.WEIGHTS / f"{dataset}-{model}-{name}.pt"
         if not file.is_file():
             raise InputError(f"{file} does not exist: name a run with --run-dir, or a checkpoint with --weights")
         return file
     if name not in RELEASES or model != "resnet50":
         raise InputError(f"--model-name {name}: published are {', '.join(RELEASES)}, as resnet50; give any other model's checkpoint with --weights")
-    file = common.WEIGHTS / RELEASES[name]
-    if dry_run and not file.is_file():
-        return None
-    if machine.is_main:
-        common.download(RELEASES_URL + RELEASES[name], file)
-    machine.barrier()
-    return file
+    return common.published_file(name, machine, dry_run)
 
 
 def main() -> None:
@@ -721,7 +687,7 @@ def main() -> None:
     ant = args.mode.startswith("ANT")
     checkpoint = Path(args.run_dir or "") / "checkpoint.pt"
     named = args.model_name or args.weights != common.argument_of_run(checkpoint.parent, "weights")  # to evaluate something else
-    use_run = args.run_dir and checkpoint.is_file() and (args.resume or (args.evaluate and not named))
+    use_run = common.has_checkpoint(args.run_dir) and (args.resume or (args.evaluate and not named))
     in_place = bool(use_run and args.evaluate)  # the run's own directory is evaluated again
     if args.evaluate and args.run_dir and not (in_place or args.model_name or args.weights):
         raise InputError(f"{checkpoint} does not exist: name a run of {SCRIPT} with --run-dir, or what to evaluate with --model-name or --weights")
@@ -729,56 +695,79 @@ def main() -> None:
         raise InputError(f"--dry-run would overwrite the results of {args.run_dir}: leave it out")
     method = method_name(args.mode, args.ng_type)
     if args.evaluate and not in_place:
-        file = Path(args.weights or "clean")  # a run's checkpoint goes by the name of its directory
-        method = args.model_name or (file.resolve().parent.name if file.name == "checkpoint.pt" else file.stem)
+        file = Path(args.weights or "clean")  # a run's checkpoint goes by the name of its directory, a published one by its own
+        published = args.weights if args.weights in common.PUBLISHED_WEIGHTS else None
+        method = args.model_name or published or (file.resolve().parent.name if file.name == "checkpoint.pt" else file.stem)
 
     # Data: every folder is checked before the first file is written.
-    if args.dataset == "digits":
-        if "SIN" in args.mode and not args.evaluate:
-            raise InputError(
-                f"--mode {args.mode} needs ImageNet (--datadir-clean) and Stylized-ImageNet (--datadir-sin): there are no stylised digits"
-            )
-        sets = load_digits_sets(args.data_root, args.eval_split, machine.device, args.dry_run)
-    else:
-        root = Path(args.data_root)
-        directories = [Path(given or root / name) for given, name in ((args.datadir_clean, "imagenet"), (args.imagenetc_path, "imagenet-c"))]
-        stylised = Path(args.datadir_sin or root / "sin") if "SIN" in args.mode and not args.evaluate else None
-        sets = load_imagenet_sets(*directories, stylised, args.evaluate, args.dry_run)
+    in_folders = args.dataset in ("imagenet", "folder")
+    if "SIN" in args.mode and not args.evaluate and not in_folders:
+        raise InputError(
+            f"--mode {args.mode} needs ImageNet (--datadir-clean) and Stylized-ImageNet (--datadir-sin): there is no stylised {args.dataset}"
+        )
+    sets = common.load_sets(
+        args.dataset,
+        args.data_root,
+        machine,
+        split=args.eval_split,
+        validation=not in_folders or args.eval_split == "val",
+        train=not args.evaluate,
+        corruptions="needed",
+        generate=args.generate_corruptions,
+        clean_directory=args.datadir_clean,
+        corrupted_directory=args.imagenetc_path,
+        fake_shape=args.fake_shape,
+        dry_run=args.dry_run,
+    )
+    stylised_data = None
+    if "SIN" in args.mode and not args.evaluate:
+        stylised_data = stylised_images(Path(args.datadir_sin or Path(args.data_root) / "sin"), args.dataset, args.datadir_clean, args.data_root)
+    augmentation = common.crop_and_flip if args.dataset.startswith("cifar") else common.mild_augmentation
     n_train, n_test = common.count_images(sets.train), common.count_images(sets.test)
     if args.dry_run:
         args.batch_size, args.epochs, args.fresh_iterations, args.star_iterations = min(args.batch_size, 10), min(args.epochs, 2), 2, 2
     args.batch_size = min(args.batch_size, n_train or n_test)  # a small set of one's own: the whole of it is a batch
     if args.batch_size < machine.world_size:
         raise InputError(f"a batch of {args.batch_size} is smaller than the {machine.world_size} processes: raise --batch-size")
-    sin_size = max(math.ceil(SIN_IMAGES * args.batch_size / 70), machine.world_size) if sets.stylised else 0
-    if common.count_images(sets.stylised) < sin_size:
-        raise InputError(f"{common.count_images(sets.stylised)} stylised images are fewer than the {sin_size} that a batch takes: see --datadir-sin")
+    sin_size = max(math.ceil(SIN_IMAGES * args.batch_size / 70), machine.world_size) if stylised_data is not None else 0
+    if common.count_images(stylised_data) < sin_size:
+        raise InputError(f"{common.count_images(stylised_data)} stylised images are fewer than the {sin_size} that a batch takes: see --datadir-sin")
     workers = 0 if args.dry_run else min(args.workers, (os.cpu_count() or 1) // machine.world_size)
     steps_per_epoch = (1 if args.dry_run else n_train // args.batch_size) if n_train else 0
     directory = Path(args.run_dir) if in_place else common.run_directory(SCRIPT, vars(args), method, machine)
 
-    saved = common.load_tensors(checkpoint, "remove the directory to start afresh") if use_run else None
-    if saved is not None and (not isinstance(saved, dict) or saved.get("script") != "game_of_noise" or saved["method"] != method):
+    # What a run cannot change when it is continued: the meaning of its history, its place in the schedule, its images.
+    names = ("dataset", "model", "mode", "ng_type", "seed", "epsilon", "batch_size", "epochs", "clean_share", "replay_share", "eval_split")
+    fixed = {key: getattr(args, key) for key in names}
+    saved = common.read_checkpoint(directory, "remove the directory to start afresh") if use_run else None
+    if saved is not None and (saved.get("script") != "game_of_noise" or saved.get("method") != method):
         raise InputError(f"{checkpoint} holds no run of {SCRIPT} with {method}: choose another --run-dir, or evaluate it with --weights")
+    if saved is not None:
+        common.check_run(saved, checkpoint, step=int, epoch=int, history=list, memory=list, finished=bool)
+    if saved is not None and not in_place:
+        common.check_unchanged(saved, fixed, checkpoint)
 
     # Models.
     name = ARCHITECTURES.get(args.model, args.model)
     classifier = common.build_model(name, sets.num_classes, args.dataset)
     common.check_input_size(classifier, args.model, sets.size)
-    start = Path(args.weights) if args.weights and (in_place or not args.evaluate) else None  # what training starts, or started, from
-    final = checkpoint if use_run else Path(args.weights) if args.weights and args.evaluate else None  # what takes its place
-    if args.evaluate and final is None:
+    final = checkpoint if use_run else None  # what takes the place of what training starts, or started, from
+    if args.evaluate and not use_run and args.weights:
+        final = common.find_checkpoint(args.weights, machine, args.dry_run)
+    elif args.evaluate and not use_run:
         final = find_weights(args.dataset, args.model, method, args.dry_run, machine)
-    origin = start
-    if start is not None:
-        common.load_weights(classifier, start)
-    elif args.dataset == "digits":
-        origin = common.load_digits_weights(classifier, args.model, machine, args.data_root, args.dry_run)
-    elif final is None:
-        origin = common.load_imagenet_weights(classifier, name, machine, args.dry_run)
-    has_before = args.dataset == "digits" or not args.evaluate  # the model before training is evaluated too
+    lacking = args.evaluate and final is None and method != "clean"  # a dry run without the file: the model stays untrained
+    # The model before training is evaluated too, and is what mCE refers to (on ImageNet that is AlexNet). Of a checkpoint, that is not known.
+    has_before = not args.evaluate or args.dataset == "digits" or (in_place and args.dataset != "imagenet")
+    origin = None
+    if args.weights and (in_place or not args.evaluate):
+        origin = common.load_checkpoint(classifier, args.weights, machine, args.dry_run)
+    elif (has_before or final is None) and not lacking:
+        origin = common.load_pretrained(classifier, name, args.dataset, machine, args.data_root, args.dry_run)
     before = copy.deepcopy(classifier) if has_before else None
-    if final is not None:
+    if saved is not None:
+        common.load_content(classifier, saved, checkpoint)
+    elif final is not None:
         common.load_weights(classifier, final)
     for model in filter(None, (classifier, before)):
         model.to(machine.device, memory_format=machine.weight_layout)
@@ -789,19 +778,23 @@ def main() -> None:
     memory: list[dict] = []  # the parameters of the generator at the end of every earlier epoch
     step = epoch = 0
     history: list[dict] = []
+    place, robust, chosen = common.EPOCH_START, {}, []  # within an epoch: what the fresh generator left, which earlier generators meet each batch
+    totals = torch.zeros(5)  # sums over the epoch: loss, right and rows of the clean share, of the noisy share
 
     # What the run's directory holds already.
     if saved is not None:
         step, epoch, history = saved["step"], saved["epoch"], saved["history"]
-        memory = [{key: value.to(machine.device) for key, value in parameters.items()} for parameters in saved["memory"]]
+        with common.reading_run(checkpoint, "choose another --run-dir"):
+            memory = [{key: value.to(machine.device) for key, value in parameters.items()} for parameters in saved["memory"]]
     if saved is not None and not in_place:
         if saved["finished"]:
             results = common.read_results(directory)
             if machine.is_main:
                 print(f"{directory} holds a finished run:")
-                print_results(results, directory)
+                with common.reading_run(directory / "results.json", "evaluate the run again with --evaluate"):
+                    print_results(results, directory)
             return
-        try:
+        with common.continues(checkpoint):
             optimizer.load_state_dict(saved["optimizer"])
             if saved["current"] is not None:
                 current = NoiseGenerator(args.ng_type).to(machine.device)
@@ -809,10 +802,8 @@ def main() -> None:
                 generator_optimizer = adam(current, args.generator_lr)
                 generator_optimizer.load_state_dict(saved["generator_optimizer"])
             scaler.load_state_dict(saved["scaler"])
-            generator.set_state(saved["generator"])
-            torch.set_rng_state(saved["torch_random"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{checkpoint} does not continue here: {error}; use the --device and --amp that it was begun with") from error
+            place, robust, chosen, totals = common.restore_place(saved, generator), saved["robust"], saved["chosen"], saved["totals"]
+            common.restore_random_states(saved["random_states"], machine)
     arguments = vars(args) | {"run_dir": str(directory)}
     run = common.Run(directory, machine, None if in_place else arguments, step if saved else None, started)
     if machine.is_main:
@@ -820,31 +811,44 @@ def main() -> None:
         counts = share_counts(args.batch_size, args.clean_share, args.replay_share, True)
         shares = f"{counts[0]} clean, {counts[1]} current, {counts[2]} + {counts[3]} earlier noise" if ant else f"{counts[0]} clean"
         print(f"{n_train} training images, {steps_per_epoch} steps per epoch, batches of {args.batch_size} ({shares}); {n_test} test images")
-        print(f"classifier: {final or origin}")
+        print(f"classifier: {final or origin or 'untrained'}")
         if args.resume and saved is None:
             print(f"{directory} holds no checkpoint: starting afresh")
 
-    def checkpoint_state(finished: bool) -> dict:
-        state = {"script": "game_of_noise", "method": method, "finished": finished, "step": step, "epoch": epoch, "history": history}
+    def checkpoint_state(batches: int = 0, finished: bool = False) -> dict:
+        """After so many batches of the epoch; on every rank alike but for the random states, which are gathered."""
+        state = {"script": "game_of_noise", "method": method, "fixed": fixed, "finished": finished, "step": step, "epoch": epoch, "history": history}
         state |= {"state_dict": classifier.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "memory": memory}
         state |= {"current": current.state_dict() if current else None}
-        state |= {"generator_optimizer": generator_optimizer.state_dict() if current else None}
-        return state | {"generator": generator_state, "torch_random": torch.get_rng_state()}
+        state |= {"generator_optimizer": generator_optimizer.state_dict() if current else None, "robust": robust, "chosen": chosen}
+        state |= {"batches": batches, "epoch_start": epoch_start, "generator": generator.get_state(), "totals": machine.all_sum(totals.clone()).cpu()}
+        return state | {"random_states": common.random_states(machine)}
 
     # The game.
     if args.compile:
         classifier.compile()  # in place: the keys of its state dict stay
     train_classifier = common.distribute(classifier, machine)
-    generator_state = generator.get_state()  # at the end of the last epoch
+    epoch_start = saved["epoch_start"] if place.batches else None  # the generator's state when the epoch's order was drawn
+    totals = totals.to(machine.device) * machine.is_main  # a checkpoint's are those of all ranks
 
-    def epoch_of_batches(data: Data, batch_size: int) -> Iterator:
-        return common.image_batches(data, batch_size, generator, machine, workers)
+    def epoch_of_batches(data: Data, batch_size: int, place: common.Place = common.EPOCH_START) -> Iterator:
+        return common.image_batches(data, batch_size, generator, machine, workers, augmentation, place)
+
+    def stylised_batches(epoch: int, start: int) -> Iterator:
+        """Stylised images without end, from batch `start` of the epoch on; their order is the epoch's own."""
+        draws = torch.Generator(machine.device).manual_seed(args.seed * 1_000_003 + epoch)
+        while True:
+            whole = common.count_images(stylised_data) // sin_size
+            yield from common.image_batches(stylised_data, sin_size, draws, machine, workers, place=common.Place(min(start, whole)))
+            start -= min(start, whole)
 
     epochs = 0 if args.evaluate else args.epochs
     progress = tqdm(total=epochs * steps_per_epoch, initial=step, desc=f"train {method}", unit="step", disable=not machine.is_main or not epochs)
+    pace = common.Pace(args.checkpoint_minutes, args.log_every, machine)
     while epoch < epochs:
-        robust = {}
-        if ant:  # how robust is the classifier now? The generator that found out plays on
+        if place.batches:
+            pass  # the epoch's generators came with the checkpoint
+        elif ant:  # how robust is the classifier now? The generator that found out plays on
             fresh, _, robust_accuracy = train_fresh_generator(
                 classifier,
                 args.ng_type,
@@ -864,11 +868,13 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         counts = share_counts(args.batch_size, args.clean_share, args.replay_share, bool(memory))
-        stylised = iter(())
-        own = own_counts(counts, machine)
-        chosen = torch.randint(max(1, len(memory)), (steps_per_epoch, 2), generator=generator, device=machine.device).tolist()
-        totals = torch.zeros(5, device=machine.device)  # sums over the epoch: loss, right and rows of the clean share, of the noisy share
-        for earlier, (images, labels) in zip(chosen, epoch_of_batches(sets.train, args.batch_size)):
+        pace.begin()
+        own, done = own_counts(counts, machine), place.batches
+        stylised = stylised_batches(epoch, done) if sin_size else None
+        if not done:
+            chosen = torch.randint(max(1, len(memory)), (steps_per_epoch, 2), generator=generator, device=machine.device).tolist()
+            epoch_start = generator.get_state()
+        for earlier, (images, labels) in zip(chosen[done:], epoch_of_batches(sets.train, args.batch_size, place)):
             z = machine.own_rows(draw_z(args.batch_size, images, current.border if ant else 0, generator))
             if ant:
                 # max over the generator, on the whole batch; the classifier in eval mode, so that its batch statistics are left alone
@@ -884,10 +890,7 @@ def main() -> None:
                 drawn = torch.randint(len(sigmas), (args.batch_size,), generator=generator, device=machine.device)
                 mixed = baseline_batch(images, z, sigmas[machine.own_rows(drawn)], args.mode == "Speckle", own[0])
             if sin_size:
-                extra = next(stylised, None)
-                if extra is None:
-                    stylised = epoch_of_batches(sets.stylised, sin_size)
-                    extra = next(stylised)
+                extra = next(stylised)
                 mixed, labels = torch.cat([mixed, extra[0]]), torch.cat([labels, extra[1]])
             classifier.train()
             with machine.autocast():
@@ -903,12 +906,15 @@ def main() -> None:
             totals += torch.stack(
                 [losses.detach().mean() * len(images), clean.sum(), clean.new_tensor(len(clean)), noisy.sum(), noisy.new_tensor(len(noisy))]
             )
-            step += 1
+            step, done = step + 1, done + 1
             if step % args.log_every == 0:
                 shown = epoch_figures(common.finite_totals(machine.all_sum(totals.clone()), step, lr, directory))
                 run.log(step, **shown, lr=lr)
                 progress.set_postfix_str(", ".join(f"{key} {value:.3g}" for key, value in (shown | robust).items()), refresh=False)
                 progress.update(step - progress.n)
+            if done < steps_per_epoch and pace.due(step):
+                common.save_run(checkpoint_state(done), directory, machine)
+                pace.saved()
         epoch += 1
         if ant:
             memory.append({key: value.detach().clone() for key, value in current.state_dict().items()})
@@ -917,9 +923,13 @@ def main() -> None:
             figures["val_accuracy"] = common.evaluate_models([classifier], sets.val, args.test_batch_size, workers, machine)[0]["top1_accuracy"]
         history.append({"epoch": epoch} | figures | robust)
         run.log(step, **history[-1])
-        generator_state = generator.get_state()
-        if machine.is_main and (epoch % args.checkpoint_every == 0 or epoch == epochs):
-            common.save_atomically(checkpoint_state(False), directory / "checkpoint.pt")
+        place, totals, robust, chosen = common.EPOCH_START, torch.zeros_like(totals), {}, []
+        due = pace.due(step, now=True)
+        if due or epoch % args.checkpoint_every == 0 or epoch == epochs:
+            common.save_run(checkpoint_state(), directory, machine)
+        if due:
+            pace.saved()
+        pace.end()
     progress.update(step - progress.n)
     progress.close()
 
@@ -928,10 +938,13 @@ def main() -> None:
     trained = final is not None or epoch > 0
     models = [classifier, before] if has_before and trained else [classifier]
     clean = common.evaluate_models(models, sets.test, args.test_batch_size, workers, machine)
-    severities = common.evaluate_corruptions(models, sets.corrupted, args.test_batch_size, workers, machine)
-    corruptions = [mean_accuracies(values) for values in severities]
+    severities = common.evaluate_corruptions(models, sets.corruptions, args.test_batch_size, workers, machine)
+    corruptions = [mean_accuracies(values, sets.corruptions.names) for values in severities]
+    extra = {name: sum(severities[0][name]) / len(severities[0][name]) for name in sets.corruptions.extra}
     against_alexnet = args.dataset == "imagenet"
-    reference_errors = ALEXNET_ERRORS if against_alexnet else {key: 100 - corruptions[-1][key] for key in common.CORRUPTIONS}
+    reference_errors = ALEXNET_ERRORS if against_alexnet else {key: 100 - corruptions[-1][key] for key in sets.corruptions.names}
+    has_reference = against_alexnet or has_before
+    smallest = 100 / (len(sets.corruptions.severities) * n_test)  # one image
     stars, evaluators = {}, {}
     attacked = sets.train if sets.train is not None else sets.test
     for ng_type in ("1x1", "3x3"):
@@ -956,17 +969,18 @@ def main() -> None:
         "seed": args.seed,
         "n_train": n_train,
         "n_eval": n_test,
-        "protocol": protocol_line(args.dataset, args.eval_split, n_test, args.epsilon, sets.train is not None),
+        "protocol": protocol_line(args.dataset, name, args.eval_split, sets, args.epsilon, has_reference),
         "clean_accuracy": clean[0]["top1_accuracy"],
         "clean_top5_accuracy": clean[0]["top5_accuracy"],
         "corruptions": corruptions[0],
-        "mce": mean_corruption_error(corruptions[0], reference_errors, 100 / (5 * n_test)),
-        "mce_reference": "alexnet" if against_alexnet else "clean model",
+        "mce": mean_corruption_error(corruptions[0], reference_errors, smallest) if has_reference else None,
+        "mce_reference": "alexnet" if against_alexnet else "clean model" if has_reference else None,
         "epsilon_star": stars["1x1"],
         "epsilon_star_3x3": stars["3x3"],
         "epsilon": args.epsilon,
         "severities": severities[0],
     }
+    results |= {"extra_corruptions": extra} if extra else {}
     if has_before:
         results["before"] = {"clean_accuracy": clean[-1]["top1_accuracy"], "corruptions": corruptions[-1]}
     if in_place:  # the times stay those of the run, where it had finished
@@ -1001,8 +1015,8 @@ def main() -> None:
         step, test_clean=results["clean_accuracy"], test_corruptions=results["corruptions"]["mean"], mce=results["mce"], epsilon_star=stars["1x1"]
     )
     results = run.finish(results)
-    if machine.is_main and not args.evaluate:
-        common.save_atomically(checkpoint_state(True), directory / "checkpoint.pt")
+    if not args.evaluate:
+        common.save_run(checkpoint_state(finished=True), directory, machine)
     if machine.is_main:
         report = print_results(results, directory)
         if args.evaluate:
@@ -1017,13 +1031,13 @@ def epoch_figures(totals: list[float]) -> dict[str, float]:
     return figures | ({"accuracy_noisy": 100 * noisy_right / noisy_rows} if noisy_rows else {})
 
 
-def protocol_line(dataset: str, eval_split: str, n_test: int, epsilon: float, on_train: bool) -> str:
+def protocol_line(dataset: str, model: str, split: str, sets: common.Sets, epsilon: float, has_reference: bool) -> str:
     """One line that says how the figures were measured."""
-    if dataset == "digits":
-        source = f"digits-C generated from the {n_test} {eval_split} digits, 15 corruptions x severities 1-5; inputs normalised by 0.5/0.5; mCE against the clean model"
-    else:
-        source = f"ImageNet val ({n_test} images, centre crop 224) and ImageNet-C, 15 corruptions x severities 1-5; inputs normalised by ImageNet's mean and std; mCE against AlexNet"
-    star = f"epsilon* along the noise of a generator trained from scratch at epsilon {epsilon:g} on {'training' if on_train else 'test'} images"
+    crop = ", centre crop 224" if isinstance(sets.test, common.Folder) else ""
+    source = f"{dataset} {split} ({common.count_images(sets.test)} images{crop}), {sets.corruptions.protocol}"
+    source += f"; inputs normalised by {common.normalisation(dataset, model)}"
+    source += f"; mCE against {'AlexNet' if dataset == 'imagenet' else 'the clean model'}" if has_reference else ""
+    star = f"epsilon* along the noise of a generator trained from scratch at epsilon {epsilon:g} on {'test' if sets.train is None else 'training'} images"
     return f"{source}; top-1 accuracy (%), mean over severities; {star}, median over at most {EPSILON_STAR_IMAGES} images"
 
 
@@ -1033,16 +1047,16 @@ def print_results(results: dict, directory: Path) -> str:
     lines = [f"{results['method']} ({results['model']}), accuracy (%)", ""]
     lines.append(f"{'clean, top-1':24s}{results['clean_accuracy']:8.2f}" + (f"   (before {before['clean_accuracy']:.2f})" if before else ""))
     lines.append(f"{'clean, top-5':24s}{results['clean_top5_accuracy']:8.2f}")
-    lines += [
-        "",
-        f"{'severity':24s}" + "".join(f"{severity:8d}" for severity in range(1, 6)) + f"{'mean':>8s}" + (f"{'before':>8s}" if before else ""),
-    ]
+    columns = max(len(values) for values in results["severities"].values())
+    heads = "".join(f"{severity:8d}" for severity in range(1, columns + 1))
+    lines += ["", f"{'severity':24s}{heads}{'mean':>8s}" + (f"{'before':>8s}" if before else "")]
+    means = results["corruptions"] | results.get("extra_corruptions", {})
     for name, values in results["severities"].items():
-        figures = [*values, results["corruptions"][name]] + ([before["corruptions"][name]] if before else [])
+        figures = [*values, means[name]] + ([before["corruptions"][name]] if before and name in before["corruptions"] else [])
         lines.append(f"{name:24s}" + "".join(f"{value:8.2f}" for value in figures))
     for key, label in (("mean", "mean"), ("mean_without_noises", "mean without noises")):
-        lines.append(f"{label:24s}{'':40s}{results['corruptions'][key]:8.2f}" + (f"{before['corruptions'][key]:8.2f}" if before else ""))
-    lines += ["", f"{'mCE (%)':24s}{results['mce']:8.2f}   (reference: {results['mce_reference']})"]
+        lines.append(f"{label:24s}{' ' * 8 * columns}{means[key]:8.2f}" + (f"{before['corruptions'][key]:8.2f}" if before else ""))
+    lines += ["", f"{'mCE (%)':24s}{results['mce']:8.2f}   (reference: {results['mce_reference']})"] if results["mce"] is not None else [""]
     lines += [f"{'ε*':24s}{results['epsilon_star']:8.2f}   (correlated noise, 3x3: {results['epsilon_star_3x3']:.2f})"]
     lines += ["", results["protocol"], f"{results['wall_seconds']} s, {results['peak_memory_mb']:.0f} MB; results in {directory}"]
     print("\n" + "\n".join(lines))

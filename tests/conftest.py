@@ -5,7 +5,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two tests run at 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,47 @@ def refuses_here(tmp_path, monkeypatch, capfd):
         return line
 
     return refuses
+
+
+CONTENT = bytes(range(256)) * 20_000  # 5 MB
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves CONTENT as /file; under /broken the first answer ends after 2 MB; under /whole ranges are ignored; each request's range is kept."""
+
+    asked: list = []
+    archives: dict = {}  # further paths and their bytes
+    kinds: dict = {}  # the Content-Type of a path
+
+    def do_GET(self) -> None:
+        wanted, content = self.headers.get("Range"), Handler.archives.get(self.path, CONTENT)
+        Handler.asked.append((self.path, wanted))
+        if self.path not in ("/file", "/broken", "/whole", *Handler.archives):
+            return self.send_error(404)
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and not self.path.startswith("/whole") else 0
+        if start >= len(content):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        if self.path in Handler.kinds:
+            self.send_header("Content-Type", Handler.kinds[self.path])
+        self.end_headers()
+        broken = self.path.startswith("/broken") and not start
+        self.wfile.write(content[start : 2_000_000 if broken else None])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """A server on this machine (Handler)."""
+    Handler.asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()  # looks that often (s) whether it should stop
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(autouse=True)

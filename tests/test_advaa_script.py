@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_equal_weights, results_of, run_script, state_of, without_times
+from formats import make_cifar, make_perturbed
 from PIL import Image
 
 import advaa
@@ -110,8 +111,8 @@ def test_a_replay_reproduces_the_stream_of_views(run, tmp_path):
 def test_a_killed_run_continues_as_if_nothing_had_happened(run, tmp_path, monkeypatch, capsys):
     save, directory = common.save_atomically, tmp_path / "run"
 
-    def save_and_die(content, file):
-        save(content, file)
+    def save_and_die(content, file, **how):
+        save(content, file, **how)
         if content.get("epoch") == 2 and "optimizer" in content:
             raise KeyboardInterrupt
 
@@ -140,8 +141,8 @@ def test_a_model_that_draws_continues_with_the_same_draws(tmp_path, monkeypatch)
     run_here(*flags, tmp_path / "whole")
     save = common.save_atomically
 
-    def save_and_die(content, file):
-        save(content, file)
+    def save_and_die(content, file, **how):
+        save(content, file, **how)
         if content.get("epoch") == 1 and "optimizer" in content:
             raise KeyboardInterrupt
 
@@ -298,35 +299,13 @@ def test_the_commands_of_the_source(tmp_path):
 
 
 def make_cifar10(root: Path) -> None:
-    """200 training and 20 test images in the archive's own format, CIFAR-10-C with 4 images a severity, CIFAR-10-P with 3 sequences of 5 frames."""
-    generator = np.random.default_rng(0)
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    for name, count in [(f"data_batch_{number}", 40) for number in range(1, 6)] + [("test_batch", 20)]:
-        content = {"data": generator.integers(0, 256, (count, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(count)]}
-        (folder / name).write_bytes(pickle.dumps(content))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    (root / "CIFAR-10-C").mkdir()
-    for name in common.CORRUPTIONS:
-        np.save(root / "CIFAR-10-C" / f"{name}.npy", generator.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))
-    np.save(root / "CIFAR-10-C" / "labels.npy", np.tile(np.arange(4), 5))
-    (root / "CIFAR-10-P").mkdir()
-    for name in advaa.PERTURBATIONS:
-        np.save(root / "CIFAR-10-P" / f"{name}.npy", generator.integers(0, 256, (3, 5, 32, 32, 3), dtype=np.uint8))
+    """200 training and 20 test images, CIFAR-10-C with 4 images a severity, CIFAR-10-P with 3 sequences of 5 frames."""
+    make_cifar(root, "cifar10", 200, 20, 4)
+    make_perturbed(root, advaa.PERTURBATIONS)
 
 
-def without_checksums(monkeypatch) -> None:
-    """The archive of the tests is not the published one."""
-    from torchvision.datasets import CIFAR10
-
-    for name in ("train_list", "test_list"):
-        monkeypatch.setattr(CIFAR10, name, [[file, None] for file, _ in getattr(CIFAR10, name)])
-    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": None})
-
-
-def test_cifar10_with_its_corrupted_and_perturbed_sets(tmp_path, monkeypatch):
+def test_cifar10_with_its_corrupted_and_perturbed_sets(tmp_path):
     make_cifar10(tmp_path / "data")
-    without_checksums(monkeypatch)
     train, val, test = (common.load_split("cifar10", split, tmp_path / "data") for split in ("train", "val", "test"))
     assert (len(train[1]), len(val[1]), len(test[1])) == (180, 20, 20) and torch.bincount(val[1]).tolist() == [2] * 10
     batch = pickle.loads((tmp_path / "data/cifar-10-batches-py/test_batch").read_bytes())
@@ -341,7 +320,7 @@ def test_cifar10_with_its_corrupted_and_perturbed_sets(tmp_path, monkeypatch):
     for severity in range(5):
         part = torch.from_numpy(images[4 * severity : 4 * severity + 4]).permute(0, 3, 1, 2)
         errors.append(100 - common.evaluate(model, part, torch.arange(4), machine)["top1_accuracy"])
-    assert results["corruptions"]["fog"] == pytest.approx(sum(errors) / 5) and results["n_train"] == 32
+    assert results["corruptions"]["fog"] == pytest.approx(sum(errors) / 5) and results["n_train"] == 64
     for name, noise in (("gaussian_noise", True), ("tilt", False)):
         frames = torch.from_numpy(np.load(tmp_path / f"data/CIFAR-10-P/{name}.npy")).permute(0, 1, 4, 2, 3)
         predictions = common.predict_logits(model, frames.flatten(0, 1), machine).argmax(1).view(3, 5)
@@ -355,34 +334,13 @@ def test_cifar10_with_its_corrupted_and_perturbed_sets(tmp_path, monkeypatch):
     run_here(*flags, "--dry-run", "--validation", "--run-dir", tmp_path / "alone")
     results = results_of(tmp_path / "alone")
     assert results["corruptions"] == {} and "flip_probability" not in results and "best_on_validation" in results
-    sets = advaa.load_sets("cifar10", tmp_path / "data", None, True, "test", 0, False, False)
+    sets = common.load_sets("cifar10", tmp_path / "data", machine, validation=True)
     images = torch.cat([sets.train[0], sets.val[0]]).flatten(1)
     assert (len(sets.train[1]), len(sets.val[1])) == (180, 20) and len(images.unique(dim=0)) == 200  # no image is in both
-    sets = advaa.load_sets("cifar10", tmp_path / "data", None, False, "test", 0, False, False)
+    sets = common.load_sets("cifar10", tmp_path / "data", machine, validation=False)
     assert len(sets.train[1]) == 200 and sets.val is None
-    notes = sets.notes
-    assert len(notes) == 2 and "CIFAR-10-C" in notes[0] and "https://zenodo.org/record/2535967" in notes[0]
-
-
-def test_cifar100(tmp_path, monkeypatch):
-    from torchvision.datasets import CIFAR100
-
-    folder, generator = tmp_path / "cifar-100-python", np.random.default_rng(0)
-    folder.mkdir()
-    for name, count in (("train", 1000), ("test", 100)):
-        content = {"data": generator.integers(0, 256, (count, 3072), dtype=np.uint8), "fine_labels": [i % 100 for i in range(count)]}
-        (folder / name).write_bytes(pickle.dumps(content))
-        monkeypatch.setattr(CIFAR100, f"{name}_list", [[name, None]])
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
-    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": None})
-    train, val = (common.load_split("cifar100", split, tmp_path) for split in ("train", "val"))
-    assert (len(train[1]), len(val[1])) == (900, 100) and torch.bincount(val[1]).tolist() == [1] * 100
-    (tmp_path / "CIFAR-100-C").mkdir()
-    images = generator.integers(0, 256, (15, 32, 32, 3), dtype=np.uint8)
-    np.save(tmp_path / "CIFAR-100-C" / "fog.npy", images)
-    np.save(tmp_path / "CIFAR-100-C" / "labels.npy", np.arange(15))
-    part, labels = common.load_cifar_corruption("cifar100", "fog", 4, tmp_path)
-    assert torch.equal(part, torch.from_numpy(images[9:12]).permute(0, 3, 1, 2)) and labels.tolist() == [9, 10, 11]
+    notes = sets.notes + advaa.find_perturbed("cifar10", "test", tmp_path / "data")[1]
+    assert [all(word in note for word in (kind, "https://zenodo.org/record/2535967")) for note, kind in zip(notes, ("CIFAR-10-C", "CIFAR-10-P"))]
 
 
 def test_imagenet_folders(tmp_path):
@@ -396,14 +354,41 @@ def test_imagenet_folders(tmp_path):
     run_here(*flags, "--dry-run", "--run-dir", tmp_path / "run")
     results = results_of(tmp_path / "run")
     assert (results["n_train"], results["n_eval"], results["corruptions"]) == (12, 4, {})
-    folder = common.Folder(tmp_path / "data/imagenet/val", ["n01440764", "n01443537"])
+    folder = common.class_folder(tmp_path / "data/imagenet/val", ["n01440764", "n01443537"])
     model = common.load_weights(common.build_model("resnet18", 2, "imagenet"), tmp_path / "run" / "checkpoint.pt")
     accuracy = common.evaluate_folder([model], folder, 2, 0, common.start_machine("cpu"))[0]["top1_accuracy"]
     assert results["top1_error"] == pytest.approx(100 - accuracy)
     assert len(lines_of(tmp_path / "run" / "policies.jsonl")) == 2
-    sets = advaa.load_sets("imagenet", tmp_path / "data", None, True, "val", 0, False, False)
+    sets = common.load_sets("imagenet", tmp_path / "data", common.start_machine("cpu"), split="val")
     assert (len(sets.train), len(sets.val), len(sets.test)) == (11, 1, 1) and set(sets.train.files).isdisjoint(sets.val.files)
     # To evaluate, the validation folder will do.
     shutil.rmtree(tmp_path / "data" / "imagenet" / "train")
     run_here(*flags, "--evaluate", "--weights", tmp_path / "run" / "checkpoint.pt", "--run-dir", tmp_path / "again")
     assert results_of(tmp_path / "again")["top1_error"] == results["top1_error"]
+
+
+def test_a_view_batch_of_any_size_gives_the_same_run(tmp_path):
+    """--view-batch: policy by policy, so that only so many images are in one forward; one policy's must fit."""
+    sizes = []
+
+    def watch(module: torch.nn.Module, inputs: tuple) -> None:
+        if module.training:
+            sizes.append(len(inputs[0]))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: watch(module, inputs) if type(module).__name__ == "WideResNet" else None
+    )
+    try:
+        for size in (10, 25):
+            run_here(*SMALL, *FAST_CONTROLLER, "--view-batch", size, "--run-dir", tmp_path / str(size))
+            assert set(sizes) == {10}
+        first, second = (state_of(tmp_path / str(size)) for size in (10, 25))
+        assert_equal_weights(first["state_dict"], second["state_dict"])
+        assert first["records"] == second["records"]
+        sizes.clear()
+        run_here(*SMALL, *FAST_CONTROLLER, "--run-dir", tmp_path / "all")
+        assert set(sizes) == {30}
+    finally:
+        hook.remove()
+    with pytest.raises(common.InputError, match="--view-batch 9 is smaller than one policy's 10 views"):
+        run_here(*SMALL, "--view-batch", 9, "--run-dir", tmp_path / "small")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script
-from test_advaa_script import make_cifar10, without_checksums
+from formats import make_cifar, make_perturbed
 
 import advaa
 import common
@@ -62,11 +62,16 @@ def test_missing_data(refuses, tmp_path):
     refuses("--dataset", "cifar10", "--eval-split", "val", names=("--validation",))
 
 
-def test_damaged_corrupted_sets(refuses, tmp_path, monkeypatch):
-    make_cifar10(tmp_path / "data")
+def test_damaged_corrupted_sets(refuses, tmp_path):
+    make_cifar(tmp_path / "data", "cifar10", 200, 20, 4)
+    make_perturbed(tmp_path / "data", advaa.PERTURBATIONS)
     flags = ("--dataset", "cifar10", "--data-root", tmp_path / "data")
-    refuses(*flags, names=("cifar-10-batches-py", "damaged"))  # another archive than the published one
-    without_checksums(monkeypatch)
+    batch = tmp_path / "data/cifar-10-batches-py/data_batch_3"
+    whole = batch.read_bytes()
+    for damaged in (whole[:5000], b"", b"not a pickle"):
+        batch.write_bytes(damaged)
+        refuses(*flags, names=("data_batch_3", "damaged", "--download cifar10"))
+    batch.write_bytes(whole)
     (tmp_path / "data/CIFAR-10-P/tilt.npy").rename(tmp_path / "tilt.npy")
     refuses(*flags, names=("tilt.npy", "missing"))
     np.save(tmp_path / "data/CIFAR-10-P/tilt.npy", np.zeros((3, 32, 32, 3), dtype=np.uint8))
@@ -75,7 +80,7 @@ def test_damaged_corrupted_sets(refuses, tmp_path, monkeypatch):
     np.save(tmp_path / "data/CIFAR-10-C/fog.npy", np.zeros((20, 32, 32), dtype=np.uint8))
     refuses(*flags, names=("fog.npy", "(20, 32, 32)"))
     np.save(tmp_path / "data/CIFAR-10-C/fog.npy", np.zeros((25, 32, 32, 3), dtype=np.uint8))
-    refuses(*flags, names=("fog.npy", "labels.npy (20,)"))
+    refuses(*flags, names=("fog.npy", "labels.npy is int64 (20,)", "(25, 32, 32, 3)"))
     np.save(tmp_path / "data/CIFAR-10-C/fog.npy", np.array([{}], dtype=object), allow_pickle=True)
     refuses(*flags, names=("fog.npy", "damaged"))
     (tmp_path / "data/CIFAR-10-C/fog.npy").unlink()
@@ -107,8 +112,9 @@ def test_run_directories(refuses_here, tmp_path, monkeypatch, capfd):
     refuse("--resume", names=("checkpoint.pt", "does not continue"))
     torch.save({"state_dict": state["state_dict"]}, tmp_path / "run" / "checkpoint.pt")
     refuse("--resume", names=("checkpoint.pt", "holds no run of advaa"))
-    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK\x03\x04 truncated")
-    refuse("--resume", names=("checkpoint.pt", "truncated"))
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):  # a damaged newest one alone is no reason to stop
+        (tmp_path / "run" / name).write_bytes(b"PK\x03\x04 truncated")
+    refuse("--resume", names=("checkpoint.previous.pt", "truncated"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capfd):

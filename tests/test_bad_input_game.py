@@ -237,7 +237,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_checkpoint(tmp_path):
 def test_a_damaged_picture_is_named_by_a_worker_too(imagenet):
     file = imagenet / "imagenet" / "val" / "dog" / "picture.JPEG"
     file.write_bytes(file.read_bytes()[:200])
-    folder = common.Folder(imagenet / "imagenet" / "val", list(CLASSES))
+    folder = common.class_folder(imagenet / "imagenet" / "val", list(CLASSES))
     for workers in (0, 2):
         with pytest.raises(common.InputError) as raised:
             list(folder.all_batches(2, workers, common.start_machine("cpu")))

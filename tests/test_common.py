@@ -99,13 +99,14 @@ def test_missing_digits_weights_are_trained_and_kept(tmp_path, monkeypatch, caps
     train = common.train_classifier
     monkeypatch.setattr(common, "train_classifier", lambda *arguments, **settings: train(*arguments, **settings | {"epochs": 1}))
     model, machine = common.build_model("resnext", 10, "digits"), common.start_machine("cpu")
-    file = common.load_digits_weights(model, "resnext", machine)
-    assert file == tmp_path / "digits-resnext.pt"
+    file = tmp_path / "digits-resnext.pt"
+    assert "untrained" in common.load_small_weights(model, "resnext", "digits", machine, dry_run=True) and not file.exists()
+    assert common.load_small_weights(model, "resnext", "digits", machine) == str(file)
     assert "is missing: training resnext" in capsys.readouterr().out
     kept = torch.load(file, weights_only=True)
     assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())
     stamp = file.stat().st_mtime_ns
-    common.load_digits_weights(model, "resnext", machine)
+    common.load_small_weights(model, "resnext", "digits", machine)
     assert file.stat().st_mtime_ns == stamp and "missing" not in capsys.readouterr().out
 
 

@@ -4,50 +4,12 @@ import hashlib
 import io
 import sys
 import tarfile
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import CONTENT, Handler
 
 import common
-
-CONTENT = bytes(range(256)) * 20_000  # 5 MB
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Serves CONTENT as /file; as /broken the first answer ends after 2 MB; /whole ignores ranges; each request's range is kept."""
-
-    asked: list = []
-    archives: dict = {}  # further paths and their bytes
-
-    def do_GET(self) -> None:
-        wanted, content = self.headers.get("Range"), Handler.archives.get(self.path, CONTENT)
-        Handler.asked.append((self.path, wanted))
-        if self.path not in ("/file", "/broken", "/whole", *Handler.archives):
-            return self.send_error(404)
-        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and self.path != "/whole" else 0
-        if start >= len(content):
-            return self.send_error(416)
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        broken = self.path == "/broken" and not start
-        self.wfile.write(content[start : 2_000_000 if broken else None])
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def address() -> Iterator[str]:
-    Handler.asked = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
 
 
 def names(folder: Path) -> list[str]:
@@ -95,6 +57,22 @@ def test_what_is_not_there_is_named(address, tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("held", [b"", CONTENT[:1000]])
+@pytest.mark.parametrize("kind, page", [("text/html; charset=utf-8", b"quota exceeded"), (None, b"\n<!DOCTYPE html><html>...")])
+def test_a_page_in_place_of_the_file_is_refused(kind, page, held, address, tmp_path, monkeypatch):
+    """What an earlier call fetched stays: the page says nothing about it."""
+    monkeypatch.setattr(Handler, "archives", {"/whole/page": page})
+    monkeypatch.setattr(Handler, "kinds", {"/whole/page": kind} if kind else {})
+    if held:
+        (tmp_path / "set.tar.part").write_bytes(held)
+    with pytest.raises(common.InputError) as caught:
+        common.download(f"{address}/whole/page", tmp_path / "set.tar")
+    file = tmp_path / "set.tar"
+    assert str(caught.value) == f"{address}/whole/page answered with a page, not the file (quota?): fetch it in a browser and put it at {file}"
+    assert names(tmp_path) == (["set.tar.part"] if held else [])
+    assert not held or (tmp_path / "set.tar.part").read_bytes() == held
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Archives
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,7 +101,8 @@ def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarIn
 def serve(address, monkeypatch):
     def serve(content: bytes, md5: str | None = None) -> None:
         monkeypatch.setattr(Handler, "archives", {"/CIFAR-10-C.tar": content})
-        monkeypatch.setitem(common.ARCHIVES, "CIFAR-10-C", (f"{address}/CIFAR-10-C.tar", md5 or hashlib.md5(content).hexdigest(), "CIFAR-10-C"))
+        entry = (f"{address}/CIFAR-10-C.tar", md5 or hashlib.md5(content).hexdigest(), ["CIFAR-10-C"])
+        monkeypatch.setitem(common.ARCHIVES, "cifar10-c", ("", [entry]))
 
     return serve
 
@@ -154,7 +133,7 @@ def test_a_data_set_is_fetched_and_unpacked_once(mode, serve, tmp_path, monkeypa
 def test_a_hostile_archive_is_refused_and_nothing_is_written(member, content, serve, tmp_path):
     serve(make_tar({"CIFAR-10-C/fog.npy": b"fog", member: content}))
     with pytest.raises(common.InputError) as caught:
-        common.fetch_archive("CIFAR-10-C", tmp_path / "deep" / "data")
+        common.fetch("cifar10-c", tmp_path / "deep" / "data")
     assert member in str(caught.value) and "nothing was unpacked" in str(caught.value)
     assert names(tmp_path / "deep" / "data") == ["CIFAR-10-C.tar"] and names(tmp_path / "deep") == ["data"] and names(tmp_path) == ["deep"]
 
@@ -163,17 +142,20 @@ def test_a_damaged_or_another_archive(serve, tmp_path):
     whole = make_tar({"CIFAR-10-C/fog.npy": bytes(range(256)) * 1000}, "w:gz")
     serve(whole[: len(whole) // 2])
     with pytest.raises(common.InputError, match="cannot be unpacked .*remove it"):
-        common.fetch_archive("CIFAR-10-C", tmp_path)
+        common.fetch("cifar10-c", tmp_path)
     assert names(tmp_path) == ["CIFAR-10-C.tar"]
     (tmp_path / "CIFAR-10-C.tar").unlink()
     serve(whole, md5="0" * 32)
     with pytest.raises(common.InputError, match="its md5 is .*so it was removed"):
-        common.fetch_archive("CIFAR-10-C", tmp_path)
+        common.fetch("cifar10-c", tmp_path)
     assert names(tmp_path) == []
 
 
 def test_published_archives_are_those_of_torchvision():
-    from torchvision.datasets import CIFAR10, CIFAR100
+    from torchvision.datasets import CIFAR10, CIFAR100, MNIST
 
     for name, data in (("cifar10", CIFAR10), ("cifar100", CIFAR100)):
-        assert common.ARCHIVES[name] == (data.url, data.tgz_md5, data.base_folder)
+        assert common.ARCHIVES[name] == ("", [(data.url, data.tgz_md5, [data.base_folder])])
+    target, files = common.ARCHIVES["mnist"]
+    assert target == "MNIST/raw" and [(Path(url).name, md5) for url, md5, _ in files] == MNIST.resources
+    assert all(url.startswith(tuple(MNIST.mirrors)) and members == [Path(url).name] for url, _, members in files)

@@ -382,7 +382,7 @@ def test_the_published_models_get_their_published_mce():
     assert tuple(game_of_noise.ALEXNET_ERRORS) == common.CORRUPTIONS
     alexnet = {name: 100 - error for name, error in game_of_noise.ALEXNET_ERRORS.items()}
     assert game_of_noise.mean_corruption_error(alexnet, game_of_noise.ALEXNET_ERRORS, 0) == pytest.approx(100)
-    means = game_of_noise.mean_accuracies({name: [number] * 5 for number, name in enumerate(common.CORRUPTIONS)})
+    means = game_of_noise.mean_accuracies({name: [number] * 5 for number, name in enumerate(common.CORRUPTIONS)}, common.CORRUPTIONS)
     assert means["mean"] == 7 and means["mean_without_noises"] == sum(range(3, 15)) / 12
 
 

@@ -5,15 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TIMES, assert_equal_weights, results_of, run_script, state_of, without_times
+from conftest import ROOT, TIMES, Handler, assert_equal_weights, results_of, run_script, state_of, without_times
 from PIL import Image
 
 import common
@@ -45,7 +42,7 @@ def test_a_run_writes_what_the_readme_says(run):
     errors = {name: 100 - results["before"]["corruptions"][name] for name in common.CORRUPTIONS}
     assert results["mce"] == pytest.approx(game_of_noise.mean_corruption_error(corruptions, errors, 100 / (5 * 197)))
     assert 0 < results["epsilon_star"] < 3072 and 0 < results["epsilon_star_3x3"] < 3072
-    assert "digits-C" in results["protocol"] and "clean model" in results["protocol"] and "197 val digits" in results["protocol"]
+    assert "digits-C" in results["protocol"] and "clean model" in results["protocol"] and "197 val images" in results["protocol"]
     assert arguments["epsilon"] == game_of_noise.SETTINGS["digits"]["epsilon"] and arguments["world_size"] == 1
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     epochs = [entry for entry in log if "epoch" in entry]
@@ -246,7 +243,7 @@ def test_evaluation_commands_of_the_source(name, file, flags, imagenet, tmp_path
     assert results["method"] == name and results["n_eval"] == 6 and results["mce_reference"] == "alexnet"
     assert (imagenet / "Results" / f"{name}_evaluation_results.txt").is_file()
     # what the file's model says of val/, computed here
-    folder = common.Folder(imagenet / "imagenet" / "val", list(CLASSES))
+    folder = common.class_folder(imagenet / "imagenet" / "val", list(CLASSES))
     images = torch.stack([folder[number, None][0] for number in range(6)])
     accuracy = common.evaluate(model.eval(), images, folder.labels, common.start_machine("cpu"))["top1_accuracy"]
     assert results["clean_accuracy"] == pytest.approx(accuracy)
@@ -266,7 +263,7 @@ def test_a_whole_run_on_folders(imagenet, tmp_path):
     assert without_times(results) == without_times(results_of(tmp_path / "run0"))
     assert_equal_weights(state_of(tmp_path / "run0")["state_dict"], state_of(tmp_path / "run2")["state_dict"])
     model = common.load_weights(common.build_model("resnet18", 3, "imagenet"), tmp_path / "run2" / "checkpoint.pt").eval()
-    folder = common.Folder(imagenet / "imagenet-c" / "fog" / "4", list(CLASSES), resize=224)
+    folder = common.class_folder(imagenet / "imagenet-c" / "fog" / "4", list(CLASSES), resize=224)
     accuracy = common.evaluate_folder([model], folder, 2, 0, common.start_machine("cpu"))[0]["top1_accuracy"]
     assert results["severities"]["fog"][3] == pytest.approx(accuracy) and results["n_train"] == 18
 
@@ -275,7 +272,7 @@ def test_a_folder_is_read_as_torchvision_reads_it(imagenet):
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
-    folder = common.Folder(imagenet / "imagenet" / "train", list(CLASSES))
+    folder = common.class_folder(imagenet / "imagenet" / "train", list(CLASSES))
     theirs = ImageFolder(
         imagenet / "imagenet" / "train", transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])
     )
@@ -287,7 +284,7 @@ def test_a_folder_is_read_as_torchvision_reads_it(imagenet):
 
 
 def test_an_epoch_of_a_folder_shows_every_picture_once_on_one_rank(imagenet):
-    folder = common.Folder(imagenet / "imagenet" / "train", list(CLASSES))
+    folder = common.class_folder(imagenet / "imagenet" / "train", list(CLASSES))
     machines = [common.start_machine("cpu")._replace(rank=rank, world_size=2) for rank in (0, 1)]
     labels, images = [], []
     for machine in machines:
@@ -322,28 +319,18 @@ def test_pretrained_weights_are_torchvisions_and_another_number_of_classes_keeps
         assert torch.equal(whole.state_dict()[head], published[head])
 
 
-def test_published_models_are_downloaded_from_their_address(tmp_path, monkeypatch):
-    """A server on this machine in place of the address: the file arrives whole; a missing one and a dead server give one line, and no file."""
-    served = tmp_path / "served"
-    served.mkdir()
-    (served / "ANT_Model.pth").write_bytes(b"stand-in" * 1000)
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(served)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(game_of_noise, "RELEASES_URL", f"http://127.0.0.1:{server.server_port}/")
+def test_published_models_are_downloaded_from_their_address(address, tmp_path, monkeypatch):
+    """A server on this machine in place of the address: the file arrives whole; a missing one gives one line, and no file."""
+    monkeypatch.setattr(Handler, "archives", {"/ANT_Model.pth": b"stand-in" * 1000})
     monkeypatch.setattr(common, "WEIGHTS", tmp_path / "weights")
+    for name in ("ANT", "Speckle"):
+        published = common.PUBLISHED_WEIGHTS[name]
+        monkeypatch.setitem(common.PUBLISHED_WEIGHTS, name, published._replace(url=f"{address}/{published.file}"))
     machine = common.start_machine("cpu")
-    file = game_of_noise.find_weights("imagenet", "resnet50", "ANT", False, machine)
-    assert file == tmp_path / "weights" / "ANT_Model.pth" and file.read_bytes() == b"stand-in" * 1000
-    with pytest.raises(common.InputError, match="cannot download .*Speckle_Model.pth.*404"):
+    for _ in range(2):
+        file = game_of_noise.find_weights("imagenet", "resnet50", "ANT", False, machine)
+        assert file == tmp_path / "weights" / "ANT_Model.pth" and file.read_bytes() == b"stand-in" * 1000
+    assert Handler.asked == [("/ANT_Model.pth", None)]  # kept: asked for once
+    with pytest.raises(common.InputError, match="cannot download .*Speckle_Model.pth.*404.*put the file at"):
         game_of_noise.find_weights("imagenet", "resnet50", "Speckle", False, machine)
-    server.shutdown()
-    server.server_close()
-    assert game_of_noise.find_weights("imagenet", "resnet50", "ANT", False, machine) == file  # kept: asked for once
-    with pytest.raises(common.InputError, match="put the file at"):
-        game_of_noise.find_weights("imagenet", "resnet50", "Speckle", False, machine)
-    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["ANT_Model.pth"]
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["ANT_Model.pth", "sha256.json"]

@@ -300,7 +300,7 @@ def test_crops_are_corners_centre_and_their_mirror_images():
     assert ten.shape == (10, 2, 3, 32, 32) and torch.equal(ten[5:], ten[:5].flip(-1))
     corner = F.interpolate(images[..., :28, 4:], size=(32, 32), mode="bilinear", align_corners=False)
     assert torch.equal(ten[1], corner)
-    scores = gretta.crop_scores(lambda batch: torch.stack([batch.mean((1, 2, 3)), torch.zeros(2)], dim=1), images, flips=False)
+    scores = gretta.crop_scores(lambda batch: torch.stack([batch.mean((1, 2, 3)), torch.zeros(2)], dim=1), images, "digits", flips=False)
     torch.testing.assert_close(scores.sum(1), torch.ones(2))
 
 
@@ -320,7 +320,30 @@ def test_batch_norm_adaptation_uses_the_batch_and_leaves_the_classifier_alone():
 def test_strong_augmentation_is_per_image_and_stays_in_range():
     images = pictures(1).repeat(6, 1, 1, 1)
     for flip in (False, True):
-        augmented = gretta.strong_augmentation(images, torch.Generator().manual_seed(0), flip)
+        augmented = gretta.strong_augmentation(images, gretta.strong_draws(6, torch.Generator().manual_seed(0)), flip)
         assert augmented.min() >= 0 and augmented.max() <= 1 and augmented.shape == images.shape
         assert len({image.numpy().tobytes() for image in augmented}) == 6
-        assert torch.equal(augmented, gretta.strong_augmentation(images, torch.Generator().manual_seed(0), flip))
+        assert torch.equal(augmented, gretta.strong_augmentation(images, gretta.strong_draws(6, torch.Generator().manual_seed(0)), flip))
+
+
+def test_results_do_not_depend_on_the_images_in_one_forward():
+    """--query-batch: losses, their gradient by ES and the true gradient, asked for 7 rows at a time or all at once."""
+    torch.manual_seed(0)
+    images, labels = pictures(5), torch.arange(5)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10)).double()
+    levels, noise = 0.3 + 0.4 * torch.rand(5, 4, dtype=torch.float64), torch.randn(6, 5, 4, dtype=torch.float64)
+    asked = []
+
+    def query(batch: torch.Tensor) -> torch.Tensor:
+        asked.append(len(batch))
+        return model(batch)
+
+    found = []
+    for chunk in (2, 7, 1000):
+        asked.clear()
+        loss = gretta.level_loss(query, images.double(), labels, "geometry", chunk)
+        found.append((gretta.vanilla_gradient(loss, levels, 6, 0.1, 1.0, noise), gretta.true_gradient(loss, levels, chunk)))
+        assert max(asked) <= chunk
+    for estimate, gradient in found[1:]:
+        assert torch.allclose(estimate, found[0][0], atol=1e-12) and torch.allclose(gradient, found[0][1], atol=1e-12)
+    assert torch.allclose(found[0][1], gretta.true_gradient(loss, levels), atol=1e-12)

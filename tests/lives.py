@@ -1,0 +1,82 @@
+"""Run a script again and again, killing it with SIGKILL at random moments: python lives.py SCRIPT SEED KILLS FLAGS… (with --run-dir among them).
+
+Every life is a fork of one process that has imported everything, so that none is spent on importing. Saving is slowed down, and every fourth time
+the moment is that of writing a checkpoint. The run's directory is DIR-0; where it finished before it was killed often enough, DIR-1 is next,
+and so on. The last line printed is JSON: the directories, how often each was killed, and how many of the kills left a half-written checkpoint.
+"""
+
+import importlib
+import io
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common  # noqa: E402
+
+
+def slow_save(content: object, stream: io.IOBase, save=torch.save) -> None:
+    whole = io.BytesIO()
+    save(content, whole)
+    half = len(whole.getvalue()) // 2
+    stream.write(whole.getvalue()[:half])
+    stream.flush()
+    time.sleep(0.15)
+    stream.write(whole.getvalue()[half:])
+
+
+def live(script: str, flags: list[str]) -> None:
+    """One life, in a forked process."""
+    log = os.open("/dev/null", os.O_WRONLY)
+    os.dup2(log, 1)
+    sys.argv = [f"{script}.py", *flags]
+    common.torch.save = slow_save
+    common.run_script(importlib.import_module(script).main)
+
+
+def main() -> None:
+    script, seed, kills, *flags = sys.argv[1:]
+    moments, place, left = random.Random(int(seed)), flags.index("--run-dir") + 1, int(kills)
+    base, killed, torn = flags[place], [], 0
+    importlib.import_module(script)
+    while left or killed[-1][1] is None:
+        if not killed or killed[-1][1] is not None:
+            killed.append([f"{base}-{len(killed)}", None, 0])
+        flags[place] = killed[-1][0]
+        child = os.fork()
+        if child == 0:
+            try:
+                live(script, flags)
+            finally:
+                sys.stderr.flush()
+                os._exit(3 if sys.exc_info()[0] else 0)
+        in_writing = left and left % 4 == 0  # every fourth time the moment is that of writing a checkpoint
+        deadline = time.monotonic() + (120 if in_writing else moments.uniform(0.3, 4) if left else 1e9)
+        ended, status = 0, 0
+        while not ended and time.monotonic() < deadline:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            time.sleep(0.003)
+            if in_writing and any(Path(flags[place]).glob(".checkpoint.pt.*")):
+                break
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            left -= 1
+            killed[-1][2] += 1
+            torn += any(Path(killed[-1][0]).glob(".checkpoint.pt.*"))
+        elif status == 0:
+            killed[-1][1] = True
+        else:
+            sys.exit(f"{script} ended with {os.waitstatus_to_exitcode(status)}")
+    print(json.dumps({"runs": [[directory, count] for directory, _, count in killed], "torn": torn}))
+
+
+if __name__ == "__main__":
+    main()
