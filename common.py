@@ -2484,7 +2484,10 @@ def start_machine(device: str = "auto", amp: bool = False, seed: int = 0) -> Mac
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo")
+        # torchrun's store outlives a restart: without a prefix of its own, an attempt may read the addresses of the one before
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if use_cuda else "gloo", store=store, rank=rank, world_size=world_size)
     amp_dtype = None
     if amp:
         amp_dtype = torch.float16 if use_cuda and not torch.cuda.is_bf16_supported() else torch.bfloat16

@@ -231,6 +231,23 @@ def test_torchrun_restarts_after_a_worker_was_killed(tmp_path):
     assert without_times(results_of(tmp_path / "killed")) == without_times(results_of(tmp_path / "whole"))
 
 
+def test_a_restarted_worker_does_not_meet_the_addresses_of_the_attempt_before(tmp_path):
+    """Rank 0 of the second attempt comes late: rank 1 must wait for its new address, torchrun's store still holds the old one."""
+    script = tmp_path / "late.py"
+    script.write_text(
+        f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport common\n"
+        "at = os.environ['TORCHELASTIC_RESTART_COUNT'], os.environ['RANK']\n"
+        "time.sleep(3 * (at == ('1', '0')))\n"
+        "machine = common.start_machine('cpu')\n"
+        "machine.barrier()\n"
+        "if at == ('0', '1'):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "machine.barrier()\n"
+        f"open({str(tmp_path)!r} + '/done' + ''.join(at), 'w').close()\n"
+    )
+    run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1", script)
+    assert sorted(path.name for path in tmp_path.glob("done*")) == ["done10", "done11"]
+
+
 @pytest.mark.slow
 def test_torchrun_passes_sigterm_on_and_the_run_continues_with_another_number_of_processes(tmp_path):
     flags = [*SMALL["game_of_noise"].split(), "--run-dir", str(tmp_path / "run")]
