@@ -976,7 +976,7 @@ def main() -> None:
     records: list[dict] = []  # the lines of policies.jsonl
     best = {"val_error": math.inf}
     place, policies, entropies = common.EPOCH_START, None, None  # within an epoch: its policies (M, Q, 2, 2), the same on every rank
-    totals = torch.zeros(args.M + 2)  # sums over the epoch: loss of each policy; right views, views
+    totals = torch.zeros(args.M + 2, device=machine.device)  # sums over the epoch: loss of each policy; right views, views
 
     # What the run's directory holds already.
     if saved is not None:
@@ -997,7 +997,7 @@ def main() -> None:
             place = common.restore_place(saved, generator)
             policy_generator.set_state(saved["policy_generator"])
             common.restore_random_states(saved["random_states"], machine)
-            policies, entropies, totals = saved["policies"], saved["entropies"], saved["totals"]
+            policies, entropies, totals = saved["policies"], saved["entropies"], common.restore_totals(saved["totals"], machine)
     arguments = vars(args) | {"run_dir": str(directory)}
     del arguments["local_rank"]
     run = common.Run(directory, machine, None if in_place else arguments, step if saved else None, started)
@@ -1017,7 +1017,7 @@ def main() -> None:
         state |= {"step": step, "epoch": epoch, "history": history, "records": records, "best": best}
         state |= {"state_dict": classifier.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         state |= {"controller": controller.state_dict(), "controller_optimizer": controller_optimizer.state_dict()}
-        state |= {"batches": batches, "epoch_start": epoch_start, "generator": generator.get_state(), "totals": machine.all_sum(totals.clone()).cpu()}
+        state |= {"batches": batches, "epoch_start": epoch_start, "generator": generator.get_state(), "totals": machine.all_rows(totals.clone()[None])}
         state |= {"policies": policies, "entropies": entropies, "policy_generator": policy_generator.get_state()}
         return state | {"random_states": common.random_states(machine)}
 
@@ -1026,7 +1026,6 @@ def main() -> None:
         classifier.compile()  # in place: the keys of its state dict stay
     train_classifier = common.distribute(classifier, machine)
     epoch_start = saved["epoch_start"] if place.batches else generator.get_state()
-    totals = totals.to(machine.device) * machine.is_main  # a checkpoint's are those of all ranks
     crop, flip = CROP_AND_FLIP.get(args.dataset, (0, False))
     in_memory = isinstance(sets.train, tuple)
     train_images, train_labels = sets.train if in_memory else (None, None)

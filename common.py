@@ -1002,7 +1002,7 @@ def load_sets(
                 found = generated_corruptions(test, f"{dataset}-C generated from the {count_images(test)} {split} images")
     if found is not None and dry_run:
         read = found.read
-        found = found._replace(read=lambda name, severity: keep_some(read(name, severity), 2))
+        found = found._replace(read=lambda name, severity: keep_some(read(name, severity), 1))
     return Sets(*parts, found, num_classes, min(test[0].shape[-2:]) if isinstance(test, tuple) else test.size, notes)
 
 
@@ -2569,6 +2569,13 @@ def restore_random_states(states: list[list[torch.Tensor]], machine: Machine) ->
     """This rank's own; with another number of ranks than before, the first's for the first, and the others go on from their seeds."""
     if len(states) == machine.world_size or machine.is_main:
         restore_random_state(states[machine.rank], machine)
+
+
+def restore_totals(saved: torch.Tensor, machine: Machine) -> torch.Tensor:
+    """The sums (n,) that this rank goes on adding to, of the saved ones of all ranks (ranks, n): its own; where the number of ranks
+    has changed, the first gets them all."""
+    own = saved[machine.rank] if len(saved) == machine.world_size else saved.sum(0) * machine.is_main
+    return own.to(machine.device)
 
 
 def random_state(machine: Machine) -> list[torch.Tensor]:

@@ -779,7 +779,7 @@ def main() -> None:
     step = epoch = 0
     history: list[dict] = []
     place, robust, chosen = common.EPOCH_START, {}, []  # within an epoch: what the fresh generator left, which earlier generators meet each batch
-    totals = torch.zeros(5)  # sums over the epoch: loss, right and rows of the clean share, of the noisy share
+    totals = torch.zeros(5, device=machine.device)  # sums over the epoch: loss, right and rows of the clean share, of the noisy share
 
     # What the run's directory holds already.
     if saved is not None:
@@ -802,7 +802,8 @@ def main() -> None:
                 generator_optimizer = adam(current, args.generator_lr)
                 generator_optimizer.load_state_dict(saved["generator_optimizer"])
             scaler.load_state_dict(saved["scaler"])
-            place, robust, chosen, totals = common.restore_place(saved, generator), saved["robust"], saved["chosen"], saved["totals"]
+            place, totals = common.restore_place(saved, generator), common.restore_totals(saved["totals"], machine)
+            robust, chosen = saved["robust"], saved["chosen"]
             common.restore_random_states(saved["random_states"], machine)
     arguments = vars(args) | {"run_dir": str(directory)}
     run = common.Run(directory, machine, None if in_place else arguments, step if saved else None, started)
@@ -821,7 +822,7 @@ def main() -> None:
         state |= {"state_dict": classifier.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "memory": memory}
         state |= {"current": current.state_dict() if current else None}
         state |= {"generator_optimizer": generator_optimizer.state_dict() if current else None, "robust": robust, "chosen": chosen}
-        state |= {"batches": batches, "epoch_start": epoch_start, "generator": generator.get_state(), "totals": machine.all_sum(totals.clone()).cpu()}
+        state |= {"batches": batches, "epoch_start": epoch_start, "generator": generator.get_state(), "totals": machine.all_rows(totals.clone()[None])}
         return state | {"random_states": common.random_states(machine)}
 
     # The game.
@@ -829,7 +830,6 @@ def main() -> None:
         classifier.compile()  # in place: the keys of its state dict stay
     train_classifier = common.distribute(classifier, machine)
     epoch_start = saved["epoch_start"] if place.batches else None  # the generator's state when the epoch's order was drawn
-    totals = totals.to(machine.device) * machine.is_main  # a checkpoint's are those of all ranks
 
     def epoch_of_batches(data: Data, batch_size: int, place: common.Place = common.EPOCH_START) -> Iterator:
         return common.image_batches(data, batch_size, generator, machine, workers, augmentation, place)

@@ -1209,14 +1209,14 @@ def main() -> None:
         with common.continues(directory / "checkpoint.pt"):
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved["scaler"])
-            place, totals = common.restore_place(saved, generator), saved["totals"].to(machine.device) * machine.is_main  # of all ranks
+            place, totals = common.restore_place(saved, generator), common.restore_totals(saved["totals"], machine)
             common.restore_random_states(saved["random_states"], machine)
     epoch_start = saved["epoch_start"] if place.batches else generator.get_state()
 
     def checkpoint_state(batches: int = 0) -> dict:
         """After so many batches of the epoch; on every rank alike but for the random states, which are gathered."""
         state = {"state_dict": policy.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "fixed": fixed}
-        state |= {"generator": generator.get_state(), "epoch_start": epoch_start, "batches": batches, "totals": machine.all_sum(totals.clone()).cpu()}
+        state |= {"generator": generator.get_state(), "epoch_start": epoch_start, "batches": batches, "totals": machine.all_rows(totals.clone()[None])}
         state |= {"random_states": common.random_states(machine), "finished": False}
         return state | {"step": step, "epoch": epoch, "queries": queries, "queries_distillation": queries_distillation, "history": history}
 

@@ -23,7 +23,7 @@ import gretta
 SCRIPTS = {"gretta": gretta, "advaa": advaa, "game_of_noise": game_of_noise}
 # Small runs of some seconds, on validation digits, with a checkpoint within the epochs after half a second (--checkpoint-minutes 0.008)
 SMALL = {
-    "gretta": "--target-split val --proportion 0.9 --batch-size 100 --num-samples 2 --epochs 4 --checkpoint-every 2 --log-every 3 --opt sgd --lr 0.01 --reg test --checkpoint-minutes 0.008",
+    "gretta": "--target-split val --proportion 0.1 --batch-size 20 --num-samples 2 --epochs 6 --checkpoint-every 2 --log-every 3 --opt sgd --lr 0.01 --reg test --checkpoint-minutes 0.008",
     "advaa": "--eval-split val --num-train 60 --epochs 8 --batch-size 10 --M 3 --Q 2 --controller-lr 0.05 --checkpoint-every 2 --log-every 4 "
     "--model shake26_2x32d --checkpoint-minutes 0.008",  # Shake-Shake draws from torch's own generator
     "game_of_noise": "--eval-split val --epochs 3 --batch-size 100 --fresh-iterations 2 --star-iterations 3 --log-every 4 --checkpoint-every 2 --checkpoint-minutes 0.008",
