@@ -1017,8 +1017,13 @@ def main() -> None:
         state |= {"step": step, "epoch": epoch, "history": history, "records": records, "best": best}
         state |= {"state_dict": classifier.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         state |= {"controller": controller.state_dict(), "controller_optimizer": controller_optimizer.state_dict()}
-        state |= {"batches": batches, "epoch_start": epoch_start, "generator": generator.get_state(), "totals": machine.all_rows(totals.clone()[None])}
-        state |= {"policies": policies, "entropies": entropies, "policy_generator": policy_generator.get_state()}
+        state |= {"batches": batches, "epoch_start": epoch_start, "generator": generator.get_state()}
+        state |= {
+            "totals": machine.all_rows(totals.clone()[None]),
+            "policies": policies,
+            "entropies": entropies,
+            "policy_generator": policy_generator.get_state(),
+        }
         return state | {"random_states": common.random_states(machine)}
 
     # Training.

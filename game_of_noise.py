@@ -822,8 +822,8 @@ def main() -> None:
         state |= {"state_dict": classifier.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "memory": memory}
         state |= {"current": current.state_dict() if current else None}
         state |= {"generator_optimizer": generator_optimizer.state_dict() if current else None, "robust": robust, "chosen": chosen}
-        state |= {"batches": batches, "epoch_start": epoch_start, "generator": generator.get_state(), "totals": machine.all_rows(totals.clone()[None])}
-        return state | {"random_states": common.random_states(machine)}
+        state |= {"batches": batches, "epoch_start": epoch_start, "generator": generator.get_state()}
+        return state | {"totals": machine.all_rows(totals.clone()[None]), "random_states": common.random_states(machine)}
 
     # The game.
     if args.compile:

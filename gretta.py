@@ -1216,8 +1216,8 @@ def main() -> None:
     def checkpoint_state(batches: int = 0) -> dict:
         """After so many batches of the epoch; on every rank alike but for the random states, which are gathered."""
         state = {"state_dict": policy.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "fixed": fixed}
-        state |= {"generator": generator.get_state(), "epoch_start": epoch_start, "batches": batches, "totals": machine.all_rows(totals.clone()[None])}
-        state |= {"random_states": common.random_states(machine), "finished": False}
+        state |= {"generator": generator.get_state(), "epoch_start": epoch_start, "batches": batches}
+        state |= {"totals": machine.all_rows(totals.clone()[None]), "random_states": common.random_states(machine), "finished": False}
         return state | {"step": step, "epoch": epoch, "queries": queries, "queries_distillation": queries_distillation, "history": history}
 
     evaluate = partial(evaluate_predictors, classifier, policy, transform=args.transform, machine=machine, workers=workers, dataset=args.dataset)
