@@ -961,13 +961,13 @@ def main() -> None:
     elif args.weights:
         final = common.load_checkpoint(classifier, args.weights, machine, args.dry_run)
     classifier.to(machine.device, memory_format=machine.weight_layout)
-    optimizer = torch.optim.SGD(classifier.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(classifier.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True)
     scaler = common.grad_scaler(machine)
     # The controller is small and lives on the CPU of every rank alike, as do all draws but the model's own (Shake-Shake, ShakeDrop: per rank).
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         controller = Controller(args.Q, args.carry_hidden, GUARD_SHARE if args.collapse_guard else 0.0)
-    controller_optimizer = torch.optim.Adam(controller.parameters(), args.controller_lr)
+    controller_optimizer = torch.optim.Adam(controller.parameters(), args.controller_lr, fused=True)
     torch.manual_seed(args.seed + 1_000_003 * machine.rank)  # for the model's own draws
     generator = torch.Generator().manual_seed(args.seed)  # order of the images, what a policy leaves open
     policy_generator = torch.Generator().manual_seed(args.seed)  # policies: apart, so that a replay sees the same views

@@ -517,6 +517,19 @@ def epoch_batches(size: int, batch_size: int, generator: torch.Generator) -> tor
     return torch.randperm(size, generator=generator, device=generator.device)[: steps * batch_size].view(steps, batch_size)
 
 
+def constant(values: tuple, like: torch.Tensor) -> torch.Tensor:
+    """A small tensor of numbers, of the dtype and on the device of `like`; made once, as a copy to a GPU in every step would hold it up."""
+    if torch.compiler.is_compiling():  # torch.compile and torch.export keep it themselves
+        return like.new_tensor(values)
+    return kept_tensor(values, like.dtype, like.device)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def kept_tensor(values: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
 def affine_matrix(scale: torch.Tensor, translation: torch.Tensor, degrees: torch.Tensor | None = None) -> torch.Tensor:
     """Forward maps (B, 2, 3) in pixels about the image centre: p → R(degrees)·diag(scale)·p + translation.
 
@@ -536,7 +549,7 @@ def affine_warp(images: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     images (B, C, H, W) float; matrix (B, 2, 3) in pixels about the centre, as `affine_matrix` makes them.
     """
     height, width = images.shape[-2:]
-    size = matrix.new_tensor([width, height])
+    size = constant((width, height), matrix)
     # grid_sample looks up, for every output pixel, where it comes from (the inverse map), in units of half the image.
     linear, shift = matrix[:, :, :2], matrix[:, :, 2]
     determinant = linear[:, 0, 0] * linear[:, 1, 1] - linear[:, 0, 1] * linear[:, 1, 0]
@@ -548,12 +561,15 @@ def affine_warp(images: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
+LUMA = (0.299, 0.587, 0.114)
+
+
 def adjust_contrast(images: torch.Tensor, contrast: torch.Tensor) -> torch.Tensor:
     """m + contrast·(x − m), clipped to [0, 1], with m the mean of the image's luma (0.299, 0.587, 0.114), as PIL's ImageEnhance.Contrast.
 
     images (B, 3, H, W) in [0, 1]; contrast (B,), 1 is the identity.
     """
-    luma = images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    luma = constant(LUMA, images).view(1, 3, 1, 1)
     mean = (images * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
     return (mean + contrast.view(-1, 1, 1, 1) * (images - mean)).clamp(0, 1)
 
@@ -2389,7 +2405,7 @@ def train_classifier(
         model = build_model(name, 10, dataset).to(machine.device, memory_format=machine.weight_layout)
     images, labels = (tensor.to(machine.device) for tensor in load_split(dataset, "train", data_root))
     validation = load_split(dataset, "val", data_root)
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
     steps = epochs * (len(labels) // batch_size)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     generator = torch.Generator(machine.device).manual_seed(seed)

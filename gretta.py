@@ -212,7 +212,8 @@ def from_source(values: dict, given: argparse.Namespace) -> dict:
     return values | {key: value for key, value in found.items() if value is not None}
 
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop}
+# fused: one pass over all weights, four to eight times as fast as the default on a CPU
+OPTIMIZERS = {"adam": partial(torch.optim.Adam, fused=True), "sgd": partial(torch.optim.SGD, fused=True), "rmsprop": torch.optim.RMSprop}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Transforms: levels (B, K) in [0, 1] → transformed images
@@ -232,7 +233,7 @@ def transform_images(images: torch.Tensor, levels: torch.Tensor, transform: str)
     names = TRANSFORM_SETS[transform]
     if levels.shape != (images.shape[0], len(names)):  # not len(images), which torch.export takes for a constant
         raise InputError(f"levels are {tuple(levels.shape)}, but '{transform}' needs ({len(images)}, {len(names)}) for these images")
-    low, high = levels.new_tensor([TRANSFORMS[name] for name in names]).T
+    low, high = common.constant(tuple(TRANSFORMS[name] for name in names), levels).T
     values = dict(zip(names, (low + (high - low) * levels.clamp(0, 1)).unbind(1)))  # name: (B,)
     if transform != "color":
         zoom = torch.stack([values["zoom_x"], values["zoom_y"]], dim=1)
@@ -261,7 +262,7 @@ def strong_augmentation(images: torch.Tensor, draw: torch.Tensor, flip: bool) ->
 
     Flips and hues are left out where they would change the class (`flip` is False for digits, whose grey has no hue anyway).
     """
-    side = images.new_tensor([images.shape[-1], images.shape[-2]])
+    side = common.constant((images.shape[-1], images.shape[-2]), images)
     zoom = (1 + 0.3 * draw[:, :1]).repeat(1, 2)
     if flip:
         zoom = zoom * torch.stack([draw[:, 1].sign(), torch.ones_like(zoom[:, 0])], dim=1)
@@ -269,7 +270,7 @@ def strong_augmentation(images: torch.Tensor, draw: torch.Tensor, flip: bool) ->
     images = common.affine_warp(images, common.affine_matrix(zoom, translation, 30 * draw[:, 6]))
     brightness, contrast, saturation = (1 + 0.5 * draw[:, column, None, None, None] for column in (7, 8, 9))
     images = common.adjust_contrast((images * brightness).clamp(0, 1), contrast.flatten())
-    grey = (images * images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    grey = (images * common.constant(common.LUMA, images).view(1, 3, 1, 1)).sum(1, keepdim=True)
     images = (grey + saturation * (images - grey)).clamp(0, 1)
     return rotate_hue(images, math.pi * draw[:, 10]) if flip else images
 
@@ -564,7 +565,7 @@ def distil_student(
         torch.manual_seed(seed)
         student = common.build_model("student", num_classes, dataset).to(machine.device, memory_format=machine.weight_layout)
     generator = torch.Generator(machine.device).manual_seed(seed)
-    optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(student.parameters(), lr=3e-3, fused=True)
     steps = epochs * (len(images) // batch_size)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     progress = tqdm(total=steps, desc="distil the student", unit="step", disable=not machine.is_main)
