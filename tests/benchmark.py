@@ -442,9 +442,9 @@ def cuda_cases() -> dict[str, Case]:
 def measure(case: Case, device: torch.device, quick: bool) -> dict:
     """Seconds per step, ours, limit and theirs; throughput, peak memory."""
     if device.type == "cpu":
-        steps, rounds, warm_up = (1, 3, 1) if quick else (1, 9, 3)
+        steps, rounds, warm_up = (1, 3, 1) if quick else (1, 5, 2)
         if case.dataset == "digits":
-            steps, rounds = (2, 3) if quick else (2, 9)
+            steps, rounds = (2, 3) if quick else (2, 7)
     else:
         steps, rounds, warm_up = (5, 4, 10) if quick else (10, 7, 20)
     chosen, limit = limit_of(case, device, 16 if quick else 64)
@@ -541,6 +541,58 @@ def start_up(device: torch.device, quick: bool) -> dict[str, dict]:
     return figures
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory: counted, so that it can be told for a GPU that is not at hand
+# ---------------------------------------------------------------------------------------------------------------------
+
+GPUS = (16, 24, 80)  # GB
+
+
+def bytes_for_backward(case: Case, count: int) -> int:
+    """What autograd keeps of a forward pass of `count` images in bfloat16 autocast, weights apart."""
+    model = build(case, torch.device("cpu"), torch.channels_last).train()
+    images, labels = random_batch(case, count, torch.device("cpu"))
+    weights, kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(model(images.contiguous(memory_format=torch.channels_last)).float(), labels)
+    assert loss.isfinite()
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
+
+
+def bytes_of_forward(case: Case, count: int) -> int:
+    """The most that a layer's input and output take together in bfloat16 autocast, without gradient, and the images."""
+    model, most = build(case, torch.device("cpu"), torch.channels_last).eval(), [0]
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda _, given, out: most.append(given[0].nbytes + out.nbytes))
+    images = random_batch(case, count, torch.device("cpu"))[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(images.contiguous(memory_format=torch.channels_last))
+    return max(most) + images.nbytes
+
+
+def print_memory() -> None:
+    """How many images fit into a GPU: what a pass keeps of each image is counted on the CPU; 12 bytes a weight (weight, gradient, momentum) and
+    two fifths of the memory are left for the rest."""
+    print("images of one forward and backward pass, and of one forward pass without gradient (--amp), that fit: counted, not tried\n")
+    heads = "".join(f"{f'{size} GB':>9s}" for size in GPUS)
+    print(f"{'':28s}{'MB/image':>10s}{heads}{'forward: MB':>14s}{heads}")
+    cases = (("wideresnet", "cifar10", 32), ("resnext", "cifar10", 32), ("wresnet28_10", "cifar10", 32), ("shake26_2x96d", "cifar10", 32))
+    for model, dataset, size in (*cases, ("resnet50", "imagenet", 224)):
+        case = Case("advaa", "", model, 10, size, dataset, 1)
+        weights = 12 * sum(parameter.numel() for parameter in build(case, torch.device("cpu")).parameters())
+        cells = []
+        for bytes_of, width in ((bytes_for_backward, 10), (bytes_of_forward, 14)):
+            each = (bytes_of(case, 4) - bytes_of(case, 2)) / 2
+            cells.append(f"{each / 1e6:{width}.2f}" + "".join(f"{int((0.6 * size * 2**30 - weights) / each):9,d}" for size in GPUS))
+        print(f"{f'{model}, {size} px':28s}{''.join(cells)}", flush=True)
+
+
 def print_row(name: str, figures: dict) -> None:
     cells = [f"{figures['seconds']:10.4f}", f"{figures['limit_seconds']:10.4f}", f"{figures['ratio']:7.2f}"]
     for key, width, form in (("images_per_second", 11, ".0f"), ("peak_memory_mb", 9, ".0f"), ("theirs_seconds", 10, ".3f")):
@@ -563,7 +615,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer cases and repeats")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON, {case: {seconds, limit_seconds, ratio, …}}")
     parser.add_argument("--only", metavar="WORD", default="", help="cases whose names hold this word")
+    parser.add_argument("--memory", action="store_true", help="print how many images fit into GPUs of 16, 24 and 80 GB, and leave")
     args = parser.parse_args()
+    if args.memory:
+        return print_memory()
     device = common.start_machine(args.device).device
     print(f"{device_name(device)}, torch {torch.__version__}\n")
     print(f"{'':36s}{'s/step':>10s}{'limit':>10s}{'ratio':>7s}{'images/s':>11s}{'MB':>9s}{'theirs':>10s}  limit's setting")
