@@ -622,23 +622,19 @@ def main() -> None:
     device = common.start_machine(args.device).device
     print(f"{device_name(device)}, torch {torch.__version__}\n")
     print(f"{'':36s}{'s/step':>10s}{'limit':>10s}{'ratio':>7s}{'images/s':>11s}{'MB':>9s}{'theirs':>10s}  limit's setting")
-    table = {}
-    works = {
-        name: (lambda case=case: {"": measure(case, device, args.quick)})
-        for name, case in cases_of(device, args.quick).items()
-        if case.quick or not args.quick
-    }
-    works["test time, gretta resnext"] = lambda: {"": test_time(device, args.quick)}
-    works["start"] = lambda: start_up(device, args.quick)
-    for name, work in works.items():
-        if args.only in name:
-            for inner, figures in work().items():
-                table[inner or name] = figures
-                print_row(inner or name, figures)
-            gc.collect()
-    if args.json:
-        machine = {"device": device_name(device), "torch": torch.__version__}
-        Path(args.json).write_text(json.dumps({name: figures | machine for name, figures in table.items()}, indent=1) + "\n")
+    cases = {name: case for name, case in cases_of(device, args.quick).items() if case.quick or not args.quick}
+    works = {name: (lambda case=case: {"": measure(case, device, args.quick)}) for name, case in cases.items()}
+    works |= {"test time, gretta resnext": lambda: {"": test_time(device, args.quick)}, "start": lambda: start_up(device, args.quick)}
+    machine, table = {"device": device_name(device), "torch": torch.__version__}, {}
+    for name, work in sorted(works.items(), key=lambda item: item[0].startswith("growth")):  # those last
+        if args.only not in name:
+            continue
+        for inner, figures in work().items():
+            table[inner or name] = figures | machine
+            print_row(inner or name, figures)
+        if args.json:
+            Path(args.json).write_text(json.dumps(table, indent=1) + "\n")
+        gc.collect()
 
 
 def cases_of(device: torch.device, quick: bool) -> dict[str, Case]:
