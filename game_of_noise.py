@@ -726,7 +726,7 @@ def main() -> None:
     augmentation = common.crop_and_flip if args.dataset.startswith("cifar") else common.mild_augmentation
     n_train, n_test = common.count_images(sets.train), common.count_images(sets.test)
     if args.dry_run:
-        args.batch_size, args.epochs, args.fresh_iterations, args.star_iterations = min(args.batch_size, 10), min(args.epochs, 2), 2, 2
+        args.batch_size, args.epochs, args.fresh_iterations, args.star_iterations = min(args.batch_size, 6), min(args.epochs, 2), 1, 1
     args.batch_size = min(args.batch_size, n_train or n_test)  # a small set of one's own: the whole of it is a batch
     if args.batch_size < machine.world_size:
         raise InputError(f"a batch of {args.batch_size} is smaller than the {machine.world_size} processes: raise --batch-size")

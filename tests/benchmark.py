@@ -475,7 +475,7 @@ def run_main(script: str, flags: str, device: torch.device, timer: Timer) -> Non
     """Run the script's main() until the timer has enough; what it prints goes nowhere."""
     module = importlib.import_module(script)
     handle = register_optimizer_step_post_hook(timer)
-    argv, sys.argv = sys.argv, [f"{script}.py", *flags.split(), "--device", device.type]
+    argv, sys.argv = sys.argv, [str(ROOT / f"{script}.py"), *flags.split(), "--device", device.type, "--data-root", str(ROOT / "data")]
     try:
         with tempfile.TemporaryDirectory() as directory, open(os.devnull, "w") as nowhere:
             sys.argv += ["--run-dir", directory + "/run"]

@@ -317,8 +317,8 @@ def test_cifar10_with_its_corrupted_and_perturbed_sets(tmp_path):
     images = np.load(tmp_path / "data/CIFAR-10-C/fog.npy")
     errors = []
     for severity in range(5):
-        part = torch.from_numpy(images[4 * severity : 4 * severity + 4]).permute(0, 3, 1, 2)
-        errors.append(100 - common.evaluate(model, part, torch.arange(4), machine)["top1_accuracy"])
+        part = torch.from_numpy(images[4 * severity : 4 * severity + 1]).permute(0, 3, 1, 2)  # a dry run's share
+        errors.append(100 - common.evaluate(model, part, torch.arange(1), machine)["top1_accuracy"])
     assert results["corruptions"]["fog"] == pytest.approx(sum(errors) / 5) and results["n_train"] == 64
     for name, noise in (("gaussian_noise", True), ("tilt", False)):
         frames = torch.from_numpy(np.load(tmp_path / f"data/CIFAR-10-P/{name}.npy")).permute(0, 1, 4, 2, 3)

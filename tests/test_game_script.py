@@ -160,8 +160,8 @@ def test_each_mode(flags, tmp_path):
 
 @pytest.mark.slow
 def test_several_processes_play_the_same_game(tmp_path):
-    """The same classifier and generator as one process, but for rounding, which a few small steps do not let grow; 10 images on 3 ranks."""
-    flags = ("--dry-run", "--lr", "1e-3", "--generator-lr", "1e-4", "--fresh-lr", "1e-4", "--run-dir")
+    """The same classifier and generator as one process, but for rounding, which a few small steps do not let grow; 5 images on 3 ranks."""
+    flags = ("--dry-run", "--batch-size", 5, "--lr", "1e-3", "--generator-lr", "1e-4", "--fresh-lr", "1e-4", "--run-dir")
     run_script("game_of_noise.py", *flags, tmp_path / "1", OMP_NUM_THREADS="1")
     one = state_of(tmp_path / "1")
     for processes in (2, 3):
