@@ -155,6 +155,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="images in one forward at most: the views go through the model policy by policy, and batch norm sees one policy's at a time (default: all views at once)",
     )
     add("--Q", type=number(int, 1), help="sub-policies in a policy; each view draws one (default: 5)")
+    add("--num-ops", type=int, choices=(16, 15), default=16, help="of controller and random policies; the published code's 15 lack SamplePairing")
     add("--controller-lr", type=number(float, 0, open_low=True), help="Adam, one update per epoch (default: 3.5e-4; digits 0.01)")
     add("--entropy-penalty", type=number(float, 0), help="weight of the policies' entropy in the controller's objective (default: 1e-5; digits 0.2)")
     add(
@@ -622,12 +623,20 @@ class Controller(nn.Module):
     with 0.3, no choice has a probability below 0.019 (op) or 0.03 (magnitude), and the entropy stays above 0.48 of the largest.
     """
 
-    def __init__(self, num_sub_policies: int, carry_hidden: bool = True, uniform_share: float = 0.0, hidden: int = 100, embedding: int = 32):
+    def __init__(
+        self,
+        num_sub_policies: int,
+        carry_hidden: bool = True,
+        uniform_share: float = 0.0,
+        num_ops: int = len(OPS),
+        hidden: int = 100,
+        embedding: int = 32,
+    ):
         super().__init__()
-        self.num_sub_policies, self.carry_hidden, self.uniform_share = num_sub_policies, carry_hidden, uniform_share
+        self.num_sub_policies, self.carry_hidden, self.uniform_share, self.num_ops = num_sub_policies, carry_hidden, uniform_share, num_ops
         self.cell = nn.LSTMCell(embedding, hidden)
-        self.embedding = nn.Embedding(len(OPS) + MAGNITUDES, embedding)
-        self.heads = nn.ModuleList([nn.Linear(hidden, len(OPS)), nn.Linear(hidden, MAGNITUDES)])
+        self.embedding = nn.Embedding(num_ops + MAGNITUDES, embedding)
+        self.heads = nn.ModuleList([nn.Linear(hidden, num_ops), nn.Linear(hidden, MAGNITUDES)])
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -0.1, 0.1)
         for head in self.heads:
@@ -657,7 +666,7 @@ class Controller(nn.Module):
             log_probability = log_probability + log_probabilities.gather(1, choice[:, None])[:, 0]
             entropies.append(-(probabilities * log_probabilities).sum(1))
             choices.append(choice)
-            token = self.embedding(choice + kind * len(OPS))
+            token = self.embedding(choice + kind * self.num_ops)
         shape = (count, self.num_sub_policies, 2, 2)
         return torch.stack(choices, 1).view(shape), log_probability, torch.stack(entropies, 1).view(shape)
 
@@ -675,9 +684,9 @@ def reinforce_loss(log_probabilities: torch.Tensor, rewards: torch.Tensor, entro
     return -(rewards * log_probabilities).mean() - entropy_penalty * entropies.flatten(1).sum(1).mean()
 
 
-def normalised_entropy(entropies: torch.Tensor) -> float:
-    """Mean over all choices of entropy / largest entropy (log 16 for an op, log 10 for a magnitude), in [0, 1]."""
-    return (entropies / torch.tensor([len(OPS), MAGNITUDES]).log()).mean().item()
+def normalised_entropy(entropies: torch.Tensor, num_ops: int = len(OPS)) -> float:
+    """Mean over all choices of entropy / largest entropy (log of num_ops for an op, log 10 for a magnitude), in [0, 1]."""
+    return (entropies / torch.tensor([num_ops, MAGNITUDES]).log()).mean().item()
 
 
 def histograms(policies: torch.Tensor) -> dict[str, list[int]]:
@@ -944,7 +953,8 @@ def main() -> None:
     directory = Path(args.run_dir) if in_place else common.run_directory(SCRIPT, vars(args), method, machine)
     saved = common.read_checkpoint(directory, "remove the directory to start afresh") if use_run else None
     # What a run cannot change when it is continued: the meaning of its history, its place in the schedule, its images.
-    fixed = {key: getattr(args, key) for key in ("dataset", "model", "policy", "seed", "M", "Q", "batch_size", "epochs", "num_train", "eval_split")}
+    names = ("dataset", "model", "policy", "seed", "M", "Q", "num_ops", "batch_size", "epochs", "num_train", "eval_split")
+    fixed = {key: getattr(args, key) for key in names}
     fixed["view_batch"] = bool(args.view_batch)
     if saved is not None and saved.get("script") != "advaa":
         raise InputError(f"{checkpoint} holds no run of {SCRIPT}: choose another --run-dir, or evaluate it with --weights")
@@ -966,7 +976,7 @@ def main() -> None:
     # The controller is small and lives on the CPU of every rank alike, as do all draws but the model's own (Shake-Shake, ShakeDrop: per rank).
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
-        controller = Controller(args.Q, args.carry_hidden, GUARD_SHARE if args.collapse_guard else 0.0)
+        controller = Controller(args.Q, args.carry_hidden, GUARD_SHARE if args.collapse_guard else 0.0, args.num_ops)
     controller_optimizer = torch.optim.Adam(controller.parameters(), args.controller_lr, fused=True)
     torch.manual_seed(args.seed + 1_000_003 * machine.rank)  # for the model's own draws
     generator = torch.Generator().manual_seed(args.seed)  # order of the images, what a policy leaves open
@@ -1067,7 +1077,7 @@ def main() -> None:
             with torch.no_grad():
                 policies, _, entropies = controller(count=args.M, generator=policy_generator)
         elif args.policy == "random":
-            ops = torch.randint(len(OPS), (args.M, args.Q, 2), generator=policy_generator)
+            ops = torch.randint(args.num_ops, (args.M, args.Q, 2), generator=policy_generator)
             policies = torch.stack([ops, torch.randint(MAGNITUDES, ops.shape, generator=policy_generator)], dim=-1)
         elif args.policy == "replay":
             policies = replayed[epoch]
@@ -1134,7 +1144,7 @@ def main() -> None:
             controller_optimizer.zero_grad()
             objective.backward()
             controller_optimizer.step()
-            figures["entropy"] = normalised_entropy(entropies)
+            figures["entropy"] = normalised_entropy(entropies, args.num_ops)
             if not math.isfinite(objective.item()):
                 raise InputError(f"the controller's objective is not finite at step {step} (--controller-lr {args.controller_lr:g}): lower it")
         if sets.val is not None:

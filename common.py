@@ -3226,25 +3226,32 @@ def table_cells(results: dict) -> Iterator[tuple[str, str, str, float]]:
                 yield section, method, f"{name} {key}", value[key]
 
 
-def table(directories: list[str | Path]) -> str:
-    """A Markdown table per script, data set and model: rows are methods, columns figures, cells mean ± std over the runs' seeds."""
+def table(directories: list[str | Path], by: list[str] = ()) -> str:
+    """A Markdown table per script, data set and model: rows are methods, columns figures, cells mean ± std over the runs' seeds.
+
+    by: settings (as args.json names them) whose values tell runs of one method apart: a row for each.
+    """
     cells: dict[str, dict[str, dict[str, dict]]] = {}
     for directory in directories:
         file = Path(directory) / "results.json"
         try:
             results = read_results(Path(directory))
+            settings = json.loads((Path(directory) / "args.json").read_text()) if by else {}
+            if unknown := [name for name in by if name not in settings]:
+                raise InputError(f"--by {unknown[0]}: {directory}/args.json has no such setting")
+            method = results["method"] = ", ".join([str(results["method"]), *(f"{name} {settings[name]}" for name in by)])
             for section, row, column, value in table_cells(results):
                 # A baseline is the same figure in every run of its seed and setting: one value per seed counts.
                 if not isinstance(value, (int, float)):
                     raise TypeError(f"{column} is {value!r}, not a number")
                 value = float(value)
                 values = cells.setdefault(section, {}).setdefault(row, {}).setdefault(column, {})
-                if row == results["method"] and column != "wall_seconds" and values.get(results["seed"], value) != value:
-                    raise InputError(f"{file}: {row} with seed {results['seed']} is there twice, with other settings: make a table for each")
+                if row == method and column != "wall_seconds" and values.get(results["seed"], value) != value:
+                    raise InputError(f"{file}: {row} with seed {results['seed']} is there twice, with other settings: tell them apart with --by")
                 values[results["seed"]] = value
         except InputError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise InputError(f"{file}: no results of a finished run ({type(error).__name__}: {error})") from error
     lines = []
     for section, rows in cells.items():
@@ -3261,7 +3268,8 @@ def table(directories: list[str | Path]) -> str:
         order = ("none", "five_crop", "ten_crop", "bn_adapt", "vanilla", "surrogate", "whitebox")  # rows as in the papers
         order += ("clean", "Speckle", "Gauss_single", "Gauss_mult", "ANT", "ANT3x3")
         order += ("random", "trivial", "autoaugment", "advaa", "replay")
-        for row, values in sorted(rows.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)):
+        rank = {name: position for position, name in enumerate(order)}
+        for row, values in sorted(rows.items(), key=lambda item: rank.get(item[0].split(",")[0], len(order))):
             lines.append(f"| {row} | {' | '.join(mean_and_std(list(values.get(column, {}).values())) for column in columns)} |")
         lines.append("")
     return "\n".join(lines).rstrip()
@@ -3277,6 +3285,7 @@ def mean_and_std(values: list[float]) -> str:
 def main() -> None:
     parser = Parser(description=__doc__.split("\n\n")[-1].strip())
     parser.add_argument("run_dirs", nargs="*", metavar="RUN_DIR", help="directories of finished runs: print their results, mean ± std over seeds")
+    parser.add_argument("--by", action="append", default=[], metavar="SETTING", help="rows by this setting too, as args.json names it (M)")
     parser.add_argument("--train-weights", metavar="MODEL", help="train this classifier on digits and write weights/digits-MODEL.pt")
     parser.add_argument("--contact-sheet", metavar="PNG", help="draw every corruption at every severity")
     names = (*ARCHIVES, *PUBLISHED_WEIGHTS)
@@ -3303,7 +3312,7 @@ def main() -> None:
         test = evaluate(model, *load_split("digits", "test"), machine)
         print(f"{file}: {test['top1_accuracy']:.2f} % of the 600 clean test digits, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}")
     elif args.run_dirs:
-        print(table(args.run_dirs))
+        print(table(args.run_dirs, args.by))
     else:
         parser.error("name at least one run directory")
 

@@ -196,6 +196,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="the fresh generator of every epoch replaces the current one, as in the paper",
     )
     add(
+        "--generator-epochs",
+        type=number(int, 0),
+        metavar="EPOCHS",
+        help="epochs after which the generator of the game is trained no more (default: never; with 1 and --no-reset-generator, the published code's fault)",
+    )
+    add(
         "--fresh-iterations",
         type=number(int, 1),
         help=f"steps that train a fresh generator against the frozen classifier {by_data_set('fresh_iterations')}",
@@ -739,6 +745,7 @@ def main() -> None:
 
     # What a run cannot change when it is continued: the meaning of its history, its place in the schedule, its images.
     names = ("dataset", "model", "mode", "ng_type", "seed", "epsilon", "batch_size", "epochs", "clean_share", "replay_share", "eval_split")
+    names += ("reset_generator", "generator_epochs")
     fixed = {key: getattr(args, key) for key in names}
     saved = common.read_checkpoint(directory, "remove the directory to start afresh") if use_run else None
     if saved is not None and (saved.get("script") != "game_of_noise" or saved.get("method") != method):
@@ -871,6 +878,7 @@ def main() -> None:
         counts = share_counts(args.batch_size, args.clean_share, args.replay_share, bool(memory))
         pace.begin()
         own, done = own_counts(counts, machine), place.batches
+        plays = args.generator_epochs is None or epoch < args.generator_epochs  # else it is stale
         stylised = stylised_batches(epoch, done) if sin_size else None
         if not done:
             chosen = torch.randint(max(1, len(memory)), (steps_per_epoch, 2), generator=generator, device=machine.device).tolist()
@@ -879,9 +887,10 @@ def main() -> None:
             z = machine.own_rows(draw_z(args.batch_size, images, current.border if ant else 0, generator))
             if ant:
                 # max over the generator, on the whole batch; the classifier in eval mode, so that its batch statistics are left alone
-                classifier.eval()
-                loss, _ = noise_loss(classifier, current, images, labels, z, args.epsilon, machine)
-                ascend(loss / args.batch_size, current, generator_optimizer, scaler, machine)
+                if plays:
+                    classifier.eval()
+                    loss, _ = noise_loss(classifier, current, images, labels, z, args.epsilon, machine)
+                    ascend(loss / args.batch_size, current, generator_optimizer, scaler, machine)
                 # min over the classifier: clean, the current generator, two earlier ones
                 replayed = [partial(torch.func.functional_call, current, memory[number]) for number in earlier] if memory else [current] * 2
                 z = machine.own_rows(draw_z(args.batch_size, images, current.border, generator))

@@ -156,6 +156,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--transform", choices=tuple(TRANSFORM_SETS), default="geometry", help="geometry: 4 levels, color: 3, full: 7")
     add("--num-samples", type=number(int, 1), default=12, metavar="P", help="antithetic pairs per image and step")
+    add(
+        "--credit",
+        choices=("image", "batch"),
+        default="image",
+        help="what a perturbation is judged by: its image's own loss, or one mean loss of the batch and its perturbations, as in the published code",
+    )
     add("--query-batch", type=number(int, 1), metavar="N", help="images in one forward of the classifier at most (default: 128 on a CPU, else 4096)")
     add("--sigma", type=number(float, 0, open_low=True), default=0.1, help="scale of the perturbation of the levels")
     add("--alpha", type=number(float, 0, 1), default=0.5, help="surrogate: share of isotropic noise; 0 trusts the student alone")
@@ -168,6 +174,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--reg-weight", type=number(float, 0), default=0.1, help="weight of the regulariser")
     add("--steps", type=number(int, 1, 16), default=1, help="times the policy is applied at test time")
+    add("--on-bn-adapt", action="store_true", help="evaluate the policy in front of bn_adapt too: a row gretta_bn_adapt")
     add = parser.add_argument_group("optimiser").add_argument
     add("--opt", choices=tuple(OPTIMIZERS), help="optimiser of the policy (default: by data set)")
     add("--lr", type=number(float, 0, open_low=True), help="learning rate, cosine to zero (default: by data set)")
@@ -182,6 +189,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--dataset {args.dataset} needs a classifier: give its checkpoint with --weights, or a program with --blackbox")
     if args.reg not in ("none", "test", *common.CORRUPTIONS, *common.EXTRA_CORRUPTIONS):
         parser.error(f"--reg {args.reg}: choose none, test or a corruption: {', '.join(common.CORRUPTIONS + common.EXTRA_CORRUPTIONS)}")
+    if args.credit == "batch" and args.est == "whitebox":
+        parser.error("--credit batch: whitebox has no perturbations to credit; choose --est vanilla or surrogate")
+    if args.blackbox and args.on_bn_adapt:
+        parser.error(f"--on-bn-adapt: --blackbox {args.blackbox} shows no batch norm to adapt")
     if args.blackbox and args.est == "whitebox":
         parser.error(f"--est whitebox needs gradients, which --blackbox {args.blackbox} does not give: choose --est vanilla or surrogate")
     if args.blackbox and args.weights:
@@ -554,6 +565,19 @@ def level_loss(query: Callable, images: torch.Tensor, labels: torch.Tensor, tran
     return loss
 
 
+def shared_loss(loss: Loss, count: int, global_count: int, machine: common.Machine) -> Loss:
+    """`loss` with every row's value replaced by the mean over all rows, of every rank: one scalar per batch, as in the published code.
+
+    count: images of this rank's batch, global_count: of all ranks' batches.
+    """
+
+    def mean(levels: torch.Tensor) -> torch.Tensor:
+        total = machine.all_sum(loss(levels).sum())
+        return (total / (len(levels) // count * global_count)).expand(len(levels))
+
+    return mean
+
+
 def distil_student(
     black_box: BlackBox, images: torch.Tensor, dataset: str, num_classes: int, machine: common.Machine, epochs: int, batch_size: int, seed: int
 ) -> nn.Module:
@@ -630,7 +654,7 @@ def adapt_batch_norm(classifier: nn.Module) -> nn.Module:
     return adapted
 
 
-PREDICTORS = ("none", "five_crop", "ten_crop", "bn_adapt", "gretta")
+PREDICTORS = ("none", "five_crop", "ten_crop", "bn_adapt", "gretta")  # and "gretta_bn_adapt": the policy in front of bn_adapt
 
 
 @torch.no_grad()
@@ -652,7 +676,7 @@ def evaluate_predictors(
     # Batch statistics must not see one class only: the images come shuffled, always alike, and every rank sees whole batches.
     order = torch.randperm(common.count_images(data), generator=torch.Generator().manual_seed(0))
     batches = order.split(200)[machine.rank :: machine.world_size]
-    adapted = adapt_batch_norm(classifier) if "bn_adapt" in names else None
+    adapted = adapt_batch_norm(classifier) if {"bn_adapt", "gretta_bn_adapt"} & {*names} else None
 
     def after_each_step(images: torch.Tensor) -> torch.Tensor:
         seen, _ = gretta_steps(policy, images, transform, steps)
@@ -664,6 +688,7 @@ def evaluate_predictors(
         "ten_crop": lambda images: crop_scores(classifier, images, dataset, flips=True),
         "bn_adapt": adapted,
         "gretta": after_each_step,
+        "gretta_bn_adapt": lambda images: adapted(gretta_steps(policy, images, transform, steps)[0][-1]),
     }
     policy.eval()
     scores, answers = {name: [] for name in names}, []
@@ -671,7 +696,7 @@ def evaluate_predictors(
         images = common.to_float(images).contiguous(memory_format=torch.channels_last)
         with machine.autocast():
             for name in names:
-                parts = images.split(len(images) if name == "bn_adapt" else machine.chunk_of(*images.shape[2:]))
+                parts = images.split(len(images) if name.endswith("bn_adapt") else machine.chunk_of(*images.shape[2:]))
                 kept = torch.cat([predictors[name](part).float() for part in parts])
                 if labels.dim() == 1:  # all that is asked of a thousand classes
                     kept = (kept.argmax(-1) == labels.view(-1, *[1] * (kept.dim() - 2))).double()
@@ -1139,6 +1164,7 @@ def main() -> None:
 
     # What a run cannot change when it is continued: the meaning of its history, its place in the schedule, its images.
     names = ("dataset", "model", "est", "seed", "policy", "transform", "train_on", "proportion", "opt", "epochs", "batch_size", "num_samples")
+    names += ("credit",)
     fixed = {name: getattr(args, name) for name in names}
 
     # The run's directory, and what it holds already.
@@ -1245,6 +1271,8 @@ def main() -> None:
             with machine.autocast():
                 levels = train_policy(images)  # (b, K)
             loss = level_loss(black_box, images, labels, args.transform, query_batch, totals)
+            if args.credit == "batch":
+                loss = shared_loss(loss, len(images), args.batch_size, machine)
             detached = levels.detach()
             if args.est == "whitebox":
                 gradient = args.beta * true_gradient(loss, detached, query_batch)
@@ -1305,6 +1333,7 @@ def main() -> None:
         print(f"evaluating on {len(sets.test)} test set{'s' * (len(sets.test) > 1)} …", flush=True)
     per_set, sizes = {}, {}
     predictors = tuple(name for name in PREDICTORS if name != "bn_adapt" or not args.blackbox)
+    predictors += ("gretta_bn_adapt",) if args.on_bn_adapt else ()
     for name, read in tqdm(sets.test.items(), desc="evaluate", unit="set", disable=not machine.is_main or len(sets.test) == 1):
         data = read()
         per_set[name], sizes[name] = evaluate(data, steps=args.steps, names=predictors), common.count_images(data)
@@ -1387,6 +1416,7 @@ def protocol_line(sets: TargetSets, dataset: str, model: str, transform: str, st
 
 
 NAMES = {"none": "no augmentation", "five_crop": "five-crop", "ten_crop": "ten-crop", "bn_adapt": "bn_adapt", "gretta": "GrETTA"}
+NAMES["gretta_bn_adapt"] = "GrETTA on bn_adapt"
 
 
 def print_results(results: dict, directory: Path) -> None:

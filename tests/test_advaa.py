@@ -187,6 +187,16 @@ def test_probabilities_of_all_policies_sum_to_one_and_sampling_follows_them(carr
     assert -log_probabilities.mean().item() == pytest.approx(entropies.flatten(1).sum(1).mean().item(), abs=0.1)
 
 
+def test_a_space_of_15_operations_lacks_sample_pairing():
+    torch.manual_seed(0)
+    controller = Controller(5, num_ops=15)
+    with torch.no_grad():
+        policies, log_probabilities, entropies = controller(count=400, generator=generator())
+    assert OPS[15] == "SamplePairing" and policies[..., 0].unique().tolist() == list(range(15))
+    assert (log_probabilities + 10 * math.log(15) + 10 * math.log(MAGNITUDES)).abs().max() < 1.0
+    assert 0.99 < advaa.normalised_entropy(entropies, 15) <= 1 < advaa.normalised_entropy(torch.full((1, 1, 1, 2), math.log(16)), 15)
+
+
 def test_reset_hidden_makes_sub_policies_draws_of_one_distribution():
     torch.manual_seed(0)
     policies = random_policies(M=2, Q=3)

@@ -189,7 +189,8 @@ def test_evaluate_repeats_the_figures(run, tmp_path):
         ("--policy", "none"),
         ("--policy", "random", "--M", "1", "--model", "shake26_2x32d", "--lr-schedule", "step"),
         ("--M", "1", "--reward", "moving", "--label-smoothing", "0.1", "--cutout", "8"),
-        ("--reset-hidden", "--collapse-guard", "--amp", "--M", "2", "--Q", "1", "--model", "pyramid272"),
+        ("--policy", "random", "--num-ops", "15"),
+        ("--reset-hidden", "--collapse-guard", "--num-ops", "15", "--amp", "--M", "2", "--Q", "1", "--model", "pyramid272"),
     ],
 )
 def test_each_policy(flags, tmp_path):
@@ -199,6 +200,8 @@ def test_each_policy(flags, tmp_path):
     has_policies = results["method"] in ("advaa", "random")
     assert (tmp_path / "run" / "policies.jsonl").exists() == (tmp_path / "run" / "policies.png").exists() == has_policies
     assert len(history) == 2 and ("entropy" in history[0]) == (results["method"] == "advaa")
+    if "--num-ops" in flags:
+        assert "SamplePairing" not in (tmp_path / "run" / "policies.jsonl").read_text()
 
 
 def test_every_policy_trains_on_as_many_views(tmp_path, monkeypatch):

@@ -294,6 +294,12 @@ def test_a_table_refuses_two_runs_of_one_seed_that_differ(tmp_path):
     assert "| advaa | 3.00 | 3.00 |" in common.table([tmp_path / "a", tmp_path / "a"])
     with pytest.raises(common.InputError, match="advaa with seed 0 is there twice"):
         common.table([tmp_path / "a", tmp_path / "b"])
+    for name, views in (("a", 2), ("b", 8)):
+        common.write_json(tmp_path / name / "args.json", {"M": views})
+    table = common.table([tmp_path / "b", tmp_path / "a"], ["M"])
+    assert "| advaa, M 8 | 9.00 | 9.00 |" in table and "| advaa, M 2 | 3.00 | 3.00 |" in table
+    with pytest.raises(common.InputError, match="--by N: .*a/args.json has no such setting"):
+        common.table([tmp_path / "a"], ["N"])
 
 
 def test_a_continued_runs_own_settings_go_before_those_of_a_configuration(tmp_path):

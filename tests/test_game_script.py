@@ -88,6 +88,18 @@ def test_without_reset_the_generator_plays_on(tmp_path):
     assert distance["--no-reset-generator"] <= 1.1e-5 < 1e-3 < distance["--reset-generator"]
 
 
+def test_a_stale_generator_is_trained_no_more(tmp_path):
+    """--generator-epochs 1 --no-reset-generator, as the published code: the second epoch's is the first one's, bit for bit; yet the first was trained."""
+    for flags in ((), ("--generator-epochs", "1"), ("--generator-epochs", "0")):
+        run_script("game_of_noise.py", "--dry-run", "--no-reset-generator", *flags, "--run-dir", tmp_path / "-".join(("run", *flags)))
+    states = {file.name: state_of(file)["memory"] for file in tmp_path.iterdir()}
+    first, second = states["run---generator-epochs-1"]
+    assert_equal_weights(first, second)
+    assert_equal_weights(first, states["run"][0])
+    assert not torch.equal(first["convolutions.0.weight"], states["run"][1]["convolutions.0.weight"])
+    assert not torch.equal(first["convolutions.0.weight"], states["run---generator-epochs-0"][0]["convolutions.0.weight"])
+
+
 def test_a_killed_run_continues_as_if_nothing_had_happened(run, tmp_path):
     """Weights and figures of a run that was never killed, bit for bit; so the same seed gives the same results too."""
     directory = tmp_path / "run"

@@ -233,6 +233,27 @@ def test_credit_is_per_sample():
     torch.testing.assert_close(other[2], -3 * one[2])
 
 
+def test_shared_credit_is_one_scalar_per_batch():
+    """--credit batch: the mean of all P·B losses, of both ranks', stands in for each; the estimate is that one difference times the mean perturbation."""
+    levels, noise = torch.rand(3, 4), torch.randn(12, 3, 4)
+    scale = torch.tensor([1.0, 50.0, -3.0]).repeat(12)
+
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        return scale * rows.square().sum(1)
+
+    shared = gretta.shared_loss(loss, 3, 3, MACHINE)
+    assert torch.equal(shared(noise.flatten(0, 1)), loss(noise.flatten(0, 1)).mean().expand(36))
+    plus, minus = (loss((levels + sign * 0.05 * noise).flatten(0, 1)).mean() for sign in (1, -1))  # σ/√K = 0.1/2
+    expected = (plus - minus) / (2 * 0.1**2) * 0.05 * noise.mean(0)
+    torch.testing.assert_close(gretta.vanilla_gradient(shared, levels, 12, 0.1, 1.0, noise), expected)
+
+    class Doubled(common.Machine):
+        def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:  # as if another rank held the same losses
+            return 2 * tensor
+
+    assert torch.equal(gretta.shared_loss(loss, 3, 6, Doubled(torch.device("cpu")))(noise.flatten(0, 1)), shared(noise.flatten(0, 1)))
+
+
 def test_level_loss_pairs_rows_with_their_images():
     """Row p·B + b belongs to image b, whatever the chunk; the sums are those of all rows."""
     images, labels = pictures(3), torch.tensor([0, 1, 2])
@@ -315,6 +336,24 @@ def test_batch_norm_adaptation_uses_the_batch_and_leaves_the_classifier_alone():
         torch.testing.assert_close(adapted(images), expected)
         model.eval().load_state_dict(before)
         assert torch.allclose(adapted(images * 0.5 + 0.25), adapted(images), atol=1e-3)  # the first layer's statistics absorb a change of contrast
+
+
+def test_the_policy_in_front_of_batch_norm_adaptation():
+    """gretta_bn_adapt: bn_adapt itself for the identity, and for another policy bn_adapt of the images that it transforms."""
+    model = common.load_weights(common.build_model("resnext", 10, "digits"), common.WEIGHTS / "digits-resnext.pt").eval()
+    policy = gretta.Policy("resnet18", 4, False, "zero").eval()
+    data = common.modified_digits("val", variants=1)[:2]
+    names = ("bn_adapt", "gretta_bn_adapt")
+    found = gretta.evaluate_predictors(model, policy, data, "geometry", 1, MACHINE, names)
+    assert found["bn_adapt"] == found["gretta_bn_adapt"] and 60 < found["bn_adapt"]["accuracy"] < 95
+    torch.nn.init.constant_(policy.backbone.fc.bias, 0.7)
+    found = gretta.evaluate_predictors(model, policy, data, "geometry", 1, MACHINE, names)
+    assert len(data[1]) < 200  # one batch, so that its order does not matter
+    with torch.no_grad():
+        images = common.to_float(data[0])
+        moved = gretta.transform_images(images, torch.full((len(images), 4), 0.7), "geometry")
+        expected = 100 * (gretta.adapt_batch_norm(model)(moved).argmax(1) == data[1]).double().mean().item()
+    assert found["gretta_bn_adapt"]["accuracy"] == pytest.approx(expected, abs=0.6) and abs(expected - found["bn_adapt"]["accuracy"]) > 2
 
 
 def test_strong_augmentation_is_per_image_and_stays_in_range():
