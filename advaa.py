@@ -354,7 +354,7 @@ def look_up(images: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     return tables.to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
 
 
-def auto_contrast(images: torch.Tensor, _) -> torch.Tensor:
+def auto_contrast(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     """The levels of each channel stretched to 0..255; a flat channel stays."""
     levels = images.flatten(2)
     low, high = levels.amin(2, keepdim=True).double(), levels.amax(2, keepdim=True).double()  # (n, 3, 1)
@@ -365,7 +365,7 @@ def auto_contrast(images: torch.Tensor, _) -> torch.Tensor:
     return look_up(images, torch.where(high > low, stretched, ramp))
 
 
-def equalize(images: torch.Tensor, _) -> torch.Tensor:
+def equalize(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     """Each channel's histogram flattened, by Pillow's integer rule; a channel with hardly more than one level stays."""
     levels = images.flatten(2).long()
     one = torch.ones(1, dtype=torch.int32, device=images.device)
@@ -377,7 +377,7 @@ def equalize(images: torch.Tensor, _) -> torch.Tensor:
     return look_up(images, torch.where(step > 0, flat, ramp))
 
 
-def invert(images: torch.Tensor, _) -> torch.Tensor:
+def invert(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return ~images
 
 

@@ -44,7 +44,7 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -1130,7 +1130,7 @@ SEVERITIES = {
 
 
 @torch.no_grad()
-def corrupt(images, name, severity, seed):
+def corrupt(images: torch.Tensor, name: str, severity: int, seed: int) -> torch.Tensor:
     """Corrupt a batch as ImageNet-C does (Hendrycks & Dietterich 2019, arXiv 1903.12261).
 
     images: floating (B, 3, H, W) in [0, 1], on any device, sides of 28 or more. CIFAR-10-C's constants up to 64 px on
@@ -1184,15 +1184,15 @@ def corrupt_uint8(images: torch.Tensor, name: str, severity: int, seed: int) -> 
 # (B, 3, H, W) before clamping. Streams 0, 1, 2... keep the random draws of one function apart.
 
 
-def gaussian_noise(images, keys, deviation):
+def gaussian_noise(images: torch.Tensor, keys: torch.Tensor, deviation: float) -> torch.Tensor:
     return images + deviation * normals(keys, 0, images.shape[1:])
 
 
-def speckle_noise(images, keys, deviation):
+def speckle_noise(images: torch.Tensor, keys: torch.Tensor, deviation: float) -> torch.Tensor:
     return images + images * deviation * normals(keys, 0, images.shape[1:])
 
 
-def shot_noise(images, keys, photons):
+def shot_noise(images: torch.Tensor, keys: torch.Tensor, photons: int) -> torch.Tensor:
     """Poisson counts with mean photons * x, by inversion of an exact table over the 256 pixel values."""
     most = photons + int(10 * math.sqrt(photons)) + 10
     counts = torch.arange(most, dtype=torch.float64)
@@ -1205,17 +1205,17 @@ def shot_noise(images, keys, photons):
     return (drawn - values.long() * most).float() / photons
 
 
-def impulse_noise(images, keys, amount):
+def impulse_noise(images: torch.Tensor, keys: torch.Tensor, amount: float) -> torch.Tensor:
     """Salt and pepper: every channel of every pixel on its own, half black and half white."""
     draws = uniforms(keys, 0, images.shape[1:])
     return torch.where(draws < amount / 2, 0.0, torch.where(draws > 1 - amount / 2, 1.0, images))
 
 
-def gaussian_blur(images, keys, deviation):
+def gaussian_blur(images: torch.Tensor, keys: torch.Tensor, deviation: float) -> torch.Tensor:
     return blur(images, deviation)
 
 
-def defocus_blur(images, keys, radius, softness):
+def defocus_blur(images: torch.Tensor, keys: torch.Tensor, radius: float, softness: float) -> torch.Tensor:
     """A disk, smoothed by a Gaussian; mirrored borders. Computed as a product of spectra."""
     reach = min(int(radius) + 2, 8) if radius <= 8 else int(radius)
     offsets = torch.arange(-reach, reach + 1)
@@ -1230,7 +1230,7 @@ def defocus_blur(images, keys, radius, softness):
     return torch.fft.irfft2(spectrum, s=padded.shape[-2:])[..., : images.shape[2], : images.shape[3]].float()
 
 
-def glass_blur(images, keys, deviation, reach, rounds):
+def glass_blur(images: torch.Tensor, keys: torch.Tensor, deviation: float, reach: int, rounds: int) -> torch.Tensor:
     """Blur, move pixels about, blur.
 
     The published loop visits pixels from the bottom right to the top left and means to swap each with a random
@@ -1257,12 +1257,12 @@ def glass_blur(images, keys, deviation, reach, rounds):
     return blur(blurred.view(images.shape), deviation)
 
 
-def motion_blur(images, keys, radius, deviation):
+def motion_blur(images: torch.Tensor, keys: torch.Tensor, radius: int, deviation: float) -> torch.Tensor:
     """A one-sided Gaussian streak at an angle drawn per image from -45..45 degrees."""
     return streak(images, radius, deviation, 90 * uniforms(keys, 0, (1,)) - 45)
 
 
-def zoom_blur(images, keys, count, step):
+def zoom_blur(images: torch.Tensor, keys: torch.Tensor, count: int, step: float) -> torch.Tensor:
     """The mean of the image and its enlargements by 1, 1 + step, ..., count of them."""
     height, width = images.shape[-2:]
     total = images.double()
@@ -1272,7 +1272,17 @@ def zoom_blur(images, keys, count, step):
     return (total / (count + 1)).float()
 
 
-def snow(images, keys, mean, deviation, zoom, threshold, radius, streak_deviation, keep):
+def snow(
+    images: torch.Tensor,
+    keys: torch.Tensor,
+    mean: float,
+    deviation: float,
+    zoom: float,
+    threshold: float,
+    radius: float,
+    streak_deviation: float,
+    keep: float,
+) -> torch.Tensor:
     """Enlarged, thresholded noise, streaked towards the ground, over a whitened image."""
     height, width = images.shape[-2:]
     flakes = mean + deviation * normals(keys, 0, (1, height, width))
@@ -1284,12 +1294,12 @@ def snow(images, keys, mean, deviation, zoom, threshold, radius, streak_deviatio
     return keep * images + (1 - keep) * white + flakes + flakes.flip(2, 3)
 
 
-def frost(images, keys, keep, strength, scale):
+def frost(images: torch.Tensor, keys: torch.Tensor, keep: float, strength: float, scale: float) -> torch.Tensor:
     """keep * x + strength * ice. Differs from the paper: its ice is six photographs, ours a procedural texture."""
     return keep * images + strength * ice(keys, *images.shape[-2:], scale)
 
 
-def fog(images, keys, strength, decay):
+def fog(images: torch.Tensor, keys: torch.Tensor, strength: float, decay: float) -> torch.Tensor:
     """Adds a plasma fractal, then rescales so that the brightest value keeps its place."""
     height, width = images.shape[-2:]
     brightest = images.amax((1, 2, 3), keepdim=True)
@@ -1297,19 +1307,19 @@ def fog(images, keys, strength, decay):
     return (images + strength * haze) * brightest / (brightest + strength)
 
 
-def brightness(images, keys, shift):
+def brightness(images: torch.Tensor, keys: torch.Tensor, shift: float) -> torch.Tensor:
     """Adds to the HSV value; hue and saturation stay, so the channels grow by one common factor."""
     value = images.amax(1, keepdim=True)
     raised = (value + shift).clamp(max=1)
     return torch.where(value > 0, images * (raised / value.clamp(min=1e-8)), raised)
 
 
-def contrast(images, keys, factor):
+def contrast(images: torch.Tensor, keys: torch.Tensor, factor: float) -> torch.Tensor:
     means = images.double().mean((2, 3), keepdim=True).float()
     return (images - means) * factor + means
 
 
-def saturate(images, keys, factor, shift):
+def saturate(images: torch.Tensor, keys: torch.Tensor, factor: float, shift: float) -> torch.Tensor:
     """Scales and shifts the HSV saturation. Grey has hue 0, so a shift turns it reddish, as it did when published."""
     value = images.amax(1, keepdim=True)
     distance = value - images  # hue fixes the ratios of the channels' distances to V
@@ -1320,7 +1330,7 @@ def saturate(images, keys, factor, shift):
     return value * (1 - saturation * direction)
 
 
-def elastic_transform(images, keys, amplitude, smoothness, jitter):
+def elastic_transform(images: torch.Tensor, keys: torch.Tensor, amplitude: float, smoothness: float, jitter: float) -> torch.Tensor:
     """A random affine map (three points moved by up to jitter), then a smooth displacement of every pixel."""
     height, width = images.shape[-2:]
     unit = max(height, width) * (244 / 224 if max(height, width) > 64 else 1)
@@ -1341,13 +1351,13 @@ def elastic_transform(images, keys, amplitude, smoothness, jitter):
     return sample(warped, columns + shifts[:, 0], rows + shifts[:, 1], align_corners=False)  # and about the edges
 
 
-def pixelate(images, keys, factor):
+def pixelate(images: torch.Tensor, keys: torch.Tensor, factor: float) -> torch.Tensor:
     """PIL's resize with BOX down to int(side * factor) and up again."""
     rows, columns = ((box_matrix(int(side * factor), side) @ box_matrix(side, int(side * factor))) for side in images.shape[-2:])
     return separable(images, rows, columns).float()
 
 
-def jpeg_compression(images, keys, quality):
+def jpeg_compression(images: torch.Tensor, keys: torch.Tensor, quality: int) -> torch.Tensor:
     """libjpeg's baseline round trip at PIL's quality: 4:2:0 chroma, smooth upsampling, its roundings at every stage."""
     height, width = images.shape[-2:]
     device = images.device
@@ -1377,7 +1387,9 @@ def jpeg_compression(images, keys, quality):
     return (round_away(rgb) / 255).float()
 
 
-def spatter(images, keys, mean, deviation, smoothness, threshold, strength, mud):
+def spatter(
+    images: torch.Tensor, keys: torch.Tensor, mean: float, deviation: float, smoothness: float, threshold: float, strength: float, mud: int
+) -> torch.Tensor:
     """Drops where smoothed noise passes a threshold: shaded pale water, or opaque brown mud.
 
     Differs from the paper in the water's shading, which follows the distance to the drops' edges: our edges are the
@@ -1413,7 +1425,7 @@ def spatter(images, keys, mean, deviation, smoothness, threshold, strength, mud)
 # Random numbers: a counter hashed with the image's key. No generator, so no order of drawing.
 
 
-def scramble(bits):
+def scramble(bits: torch.Tensor) -> torch.Tensor:
     """splitmix64's finaliser on int64, in place. torch shifts signed numbers, hence the masks; products wrap."""
     bits ^= (bits >> 30).bitwise_and_((1 << 34) - 1)
     bits *= -0x40A7B892E31B1A47
@@ -1423,7 +1435,7 @@ def scramble(bits):
     return bits
 
 
-def image_keys(images, label):
+def image_keys(images: torch.Tensor, label: str) -> torch.Tensor:
     """One 64-bit key per image: (B, 3, H, W) in [0, 1] -> (B,) int64. Integer sums: exact in any order."""
     pixels = (images * 255).round().long().flatten(1)
     weights = scramble(torch.arange(1, pixels.shape[1] + 1, device=images.device))
@@ -1431,7 +1443,7 @@ def image_keys(images, label):
     return scramble((pixels * weights).sum(1) + salt)
 
 
-def uniforms(keys, stream, shape):
+def uniforms(keys: torch.Tensor, stream: int, shape: Sequence[int]) -> torch.Tensor:
     """(B, *shape) float32, uniform on the open interval (0, 1) in steps of 2^-23; two from each 64-bit hash."""
     count = math.prod(shape)
     counters = scramble(torch.arange((count + 1) // 2, device=keys.device) + (stream << 40) + 1)
@@ -1440,7 +1452,7 @@ def uniforms(keys, stream, shape):
     return ((halves.float() + 0.5) * 2.0**-23).view(-1, *shape)
 
 
-def normals(keys, stream, shape):
+def normals(keys: torch.Tensor, stream: int, shape: Sequence[int]) -> torch.Tensor:
     """(B, *shape) float32, standard normal (Box-Muller)."""
     half = (math.prod(shape) + 1) // 2
     draws = uniforms(keys, stream, (2, half))
@@ -1448,7 +1460,7 @@ def normals(keys, stream, shape):
     return torch.cat([length * angle.cos(), length * angle.sin()], 1)[:, : math.prod(shape)].view(-1, *shape)
 
 
-def plasma(keys, side, decay):
+def plasma(keys: torch.Tensor, side: int, decay: float) -> torch.Tensor:
     """Diamond-square fractal on a torus: (B, side, side) in [0, 1]; side a power of two."""
     field = torch.zeros(len(keys), side, side, device=keys.device)
     step, amplitude = side, 1.0
@@ -1466,7 +1478,7 @@ def plasma(keys, side, decay):
     return field / field.amax((1, 2), keepdim=True)
 
 
-def ice(keys, height, width, scale):
+def ice(keys: torch.Tensor, height: int, width: int, scale: float) -> torch.Tensor:
     """Frost on a dark window: patches of bright needles in three directions. (B, 3, H, W) in [0, 1].
 
     scale: a needle is about 4 * scale px wide and 20 * scale px long; the mean is about 0.13.
@@ -1490,12 +1502,12 @@ def ice(keys, height, width, scale):
 # TF32 nor autocast touches them.
 
 
-def separable(images, rows, columns):
+def separable(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """rows (H', H) @ image @ columns (W', W) transposed, for (B, C, H, W): (B, C, H', W') float64."""
     return rows.to(images.device) @ (images.double() @ columns.T.to(images.device))
 
 
-def blur(images, deviation, truncate=4, mirrored=False):
+def blur(images: torch.Tensor, deviation: float, truncate: float = 4, mirrored: bool = False) -> torch.Tensor:
     """Gaussian blur, cut at `truncate` deviations; borders repeat the last pixel, or mirror about the edge."""
     matrices = []
     for side in images.shape[-2:]:
@@ -1512,7 +1524,7 @@ def blur(images, deviation, truncate=4, mirrored=False):
     return separable(images, *matrices).float()
 
 
-def zoom_matrix(side, factor):
+def zoom_matrix(side: int, factor: float) -> torch.Tensor:
     """(side, side): the middle ceil(side / factor) pixels, linearly enlarged with their ends kept, cut to side."""
     crop = math.ceil(side / factor)
     zoomed = round(crop * factor)
@@ -1520,7 +1532,7 @@ def zoom_matrix(side, factor):
     return (1 - (positions[:, None] + (side - crop) // 2 - torch.arange(side)).abs()).clamp(min=0)
 
 
-def box_matrix(side, resized):
+def box_matrix(side: int, resized: int) -> torch.Tensor:
     """(resized, side): PIL's BOX filter, the mean of the pixels whose centres fall in the box."""
     ratio = side / resized
     centres = (torch.arange(resized, dtype=torch.float64) + 0.5) * ratio
@@ -1529,7 +1541,7 @@ def box_matrix(side, resized):
     return inside / inside.sum(1, keepdim=True)
 
 
-def dct_matrix(side):
+def dct_matrix(side: int) -> torch.Tensor:
     """(side, side): orthonormal 8-point DCT-II on every run of 8."""
     angles = torch.outer(torch.arange(8), 2 * torch.arange(8) + 1).double() * math.pi / 16
     basis = angles.cos() / 2
@@ -1537,16 +1549,16 @@ def dct_matrix(side):
     return torch.block_diag(*[basis] * (side // 8))
 
 
-def round_away(values):
+def round_away(values: torch.Tensor) -> torch.Tensor:
     """Nearest integer, halves away from zero as in libjpeg; the nudge keeps rounding noise from deciding ties."""
     return values.sign() * (values.abs() + 0.5 + 1e-9).floor()
 
 
-def box_mean(images):
+def box_mean(images: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(F.pad(images, [1] * 4, mode="reflect"), 3, 1)
 
 
-def sample(images, x, y, align_corners):
+def sample(images: torch.Tensor, x: torch.Tensor, y: torch.Tensor, align_corners: bool) -> torch.Tensor:
     """Bilinear look-up at pixel positions x, y (B, H, W); outside, mirrored about border pixels' centres or edges."""
     height, width = images.shape[-2:]
     if align_corners:
@@ -1556,7 +1568,7 @@ def sample(images, x, y, align_corners):
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=align_corners)
 
 
-def streak(images, radius, deviation, degrees):
+def streak(images: torch.Tensor, radius: int, deviation: float, degrees: torch.Tensor) -> torch.Tensor:
     """ImageMagick's motion blur: whole-pixel steps along the angle (B, 1), Gaussian weights, borders repeated."""
     height, width = images.shape[-2:]
     weights = torch.exp(-0.5 * (torch.arange(2 * radius + 1, dtype=torch.float64) / deviation) ** 2)
@@ -1582,7 +1594,7 @@ JPEG_CHROMINANCE = (17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 
 # fmt: on
 
 
-def example_pictures(count, side, seed=0):
+def example_pictures(count: int, side: int, seed: int = 0) -> torch.Tensor:
     """Procedural photograph-like pictures, (count, 3, side, side) in [0, 1]: soft light, texture, hard edges."""
     keys = scramble(torch.arange(count) + (seed << 32) + 1)
     size = 2 ** math.ceil(math.log2(side))
@@ -1599,7 +1611,7 @@ def example_pictures(count, side, seed=0):
     return pictures.clamp(0, 1)
 
 
-def contact_sheet(path):
+def contact_sheet(path: str | Path) -> None:
     """Draw every corruption at every severity to a PNG: 96 px (ImageNet-C's constants), 32 px (CIFAR-10-C's)."""
     import matplotlib
 

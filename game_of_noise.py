@@ -383,7 +383,9 @@ def noise_loss(
     return F.cross_entropy(logits, labels, reduction="sum"), (logits.detach().argmax(1) == labels).sum()
 
 
-def ascend(loss: torch.Tensor, noise_generator: nn.Module, optimizer: torch.optim.Optimizer, scaler, machine: common.Machine) -> None:
+def ascend(
+    loss: torch.Tensor, noise_generator: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, machine: common.Machine
+) -> None:
     """One step up the gradient of `loss`, summed over ranks, in the generator's parameters alone: the classifier's get none."""
     parameters = list(noise_generator.parameters())
     gradients = torch.autograd.grad(scaler.scale(loss), parameters)
@@ -744,8 +746,8 @@ def main() -> None:
     directory = Path(args.run_dir) if in_place else common.run_directory(SCRIPT, vars(args), method, machine)
 
     # What a run cannot change when it is continued: the meaning of its history, its place in the schedule, its images.
-    names = ("dataset", "model", "mode", "ng_type", "seed", "epsilon", "batch_size", "epochs", "clean_share", "replay_share", "eval_split")
-    names += ("reset_generator", "generator_epochs")
+    names = ("dataset", "model", "mode", "ng_type", "seed", "epsilon", "batch_size", "epochs", "eval_split")
+    names += ("clean_share", "replay_share", "reset_generator", "generator_epochs")
     fixed = {key: getattr(args, key) for key in names}
     saved = common.read_checkpoint(directory, "remove the directory to start afresh") if use_run else None
     if saved is not None and (saved.get("script") != "game_of_noise" or saved.get("method") != method):

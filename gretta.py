@@ -1163,8 +1163,8 @@ def main() -> None:
                 student.to(machine.device, memory_format=machine.weight_layout).eval().requires_grad_(False)
 
     # What a run cannot change when it is continued: the meaning of its history, its place in the schedule, its images.
-    names = ("dataset", "model", "est", "seed", "policy", "transform", "train_on", "proportion", "opt", "epochs", "batch_size", "num_samples")
-    names += ("credit",)
+    names = ("dataset", "model", "est", "seed", "policy", "transform", "train_on", "proportion")
+    names += ("opt", "epochs", "batch_size", "num_samples", "credit")
     fixed = {name: getattr(args, name) for name in names}
 
     # The run's directory, and what it holds already.
@@ -1415,15 +1415,14 @@ def protocol_line(sets: TargetSets, dataset: str, model: str, transform: str, st
     return f"{sets.source}; {applied}; {metric}, {inputs}"
 
 
-NAMES = {"none": "no augmentation", "five_crop": "five-crop", "ten_crop": "ten-crop", "bn_adapt": "bn_adapt", "gretta": "GrETTA"}
-NAMES["gretta_bn_adapt"] = "GrETTA on bn_adapt"
+NAMES = {"none": "no augmentation", "five_crop": "five-crop", "ten_crop": "ten-crop", "gretta": "GrETTA", "gretta_bn_adapt": "GrETTA on bn_adapt"}
 
 
 def print_results(results: dict, directory: Path) -> None:
     """The closing table."""
     print(f"\n{'':24s}{results.get('metric', 'accuracy')} (%)")
     for name, value in results["accuracy"].items():
-        label = NAMES.get(name) or f"GrETTA, step {name.removeprefix('gretta_')}"
+        label = NAMES.get(name, name.replace("gretta_", "GrETTA, step "))
         print(f"{label + (' (' + results['method'] + ')' if name == 'gretta' else ''):24s}{value:12.2f}")
     if "corruptions" in results:
         print(f"\n{'top-1 error (%)':24s}{'none':>12s}{'GrETTA':>12s}")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -261,3 +262,25 @@ def test_a_diverging_run_stops_and_keeps_the_last_checkpoint(tmp_path):
     done = run_script("gretta.py", *SMALL, "--beta", "1e38", "--opt", "sgd", "--run-dir", tmp_path / "run", expect=2)
     assert done.stderr.rstrip().splitlines()[-1].startswith("gretta.py: error: the loss is not finite at step 7 ")
     assert not (tmp_path / "run/results.json").exists()
+
+
+def test_the_readmes_worked_example(tmp_path):
+    """The copy with its new estimator, put together from the README's own blocks: it runs, under its own name, and its smoothed gradient is the mean
+    of true gradients at perturbed levels."""
+    readme = (ROOT / "README.md").read_text().split("## Copy a script and change it")[1]
+    function, line = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[:2]
+    replaced = re.search(r"in place of the line `(.*)`", readme)[1]
+    text = (ROOT / "gretta.py").read_text()
+    assert text.count(replaced) == 1 and text.count("def consistency_loss") == 1
+    text = text.replace(replaced, line.strip()).replace("def consistency_loss", f"{function}\n\ndef consistency_loss")
+    for name in ("common.py", "weights", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "mine.py").write_text(text)
+    flags = ("--est", "whitebox", "--dry-run", "--lr", "5e-4", "--run-dir", tmp_path / "runs" / "mine")
+    run_script("mine.py", *flags, cwd=tmp_path)
+    assert results_of(tmp_path / "runs" / "mine")["script"] == "mine"
+    mine = {}
+    exec(compile("from gretta import *\n" + function, "mine", "exec"), mine)
+    levels, epsilon = torch.rand(3, 4), torch.randn(5, 3, 4)
+    found = mine["smoothed_gradient"](lambda rows, start: rows.pow(3).sum(1), levels, epsilon, 4)
+    torch.testing.assert_close(found, (3 * (levels + epsilon) ** 2).mean(0))
