@@ -2452,14 +2452,10 @@ class Machine(NamedTuple):
     def is_main(self) -> bool:
         return self.rank == 0
 
-    @property
-    def chunk(self) -> int:
-        """Images in one forward pass without gradient: on a CPU what stays in its cache, which is faster than larger batches."""
-        return 128 if self.device.type == "cpu" else 4096
-
-    def chunk_of(self, height: int, width: int) -> int:
-        """As `chunk`, for images of this size: a GPU takes as many pixels at a time."""
-        return self.chunk if self.device.type == "cpu" else max(1, self.chunk * 32 * 32 // (height * width))
+    def chunk(self, height: int, width: int) -> int:
+        """Images of this size in one forward pass without gradient: on a CPU what stays in its cache, which is faster than larger batches."""
+        most, least = (32, 8) if self.device.type == "cpu" else (4096, 1)
+        return max(least, most * 32 * 32 // max(32 * 32, height * width))
 
     def layout(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) in the layout to train in: channels_last, which is faster, but for odd batches on a CPU, where oneDNN's backward
@@ -2807,10 +2803,28 @@ def load_tensors(file: str | Path, advice: str) -> object:
 
 
 @torch.no_grad()
+def forward_chunk(model: nn.Module, size: int, machine: Machine) -> int:
+    """As Machine.chunk, for a model that is asked often: on a CPU at most so many images that its largest layer's output stays within 16 MB."""
+    if machine.device.type != "cpu":
+        return machine.chunk(size, size)
+    largest = 1
+
+    def measure(_module: nn.Module, _inputs: object, output: object) -> None:
+        nonlocal largest
+        largest = max(largest, output.numel() if isinstance(output, torch.Tensor) else 1)
+
+    hooks = [module.register_forward_hook(measure) for module in model.modules()]
+    model(torch.zeros(1, 3, size, size))
+    for hook in hooks:
+        hook.remove()
+    return max(1, min(machine.chunk(size, size), 2**22 // largest))
+
+
+@torch.no_grad()
 def predict_logits(model: Callable, images: torch.Tensor, machine: Machine, chunk: int | None = None) -> torch.Tensor:
     """Logits (N, classes) float32 of uint8 images (N, 3, H, W), each image on one rank exactly once, in chunks. `model` maps [0, 1] images to logits."""
     logits = []
-    for part in machine.own_rows(images).split(chunk or machine.chunk):
+    for part in machine.own_rows(images).split(chunk or machine.chunk(*images.shape[2:])):
         with machine.autocast():
             batch = to_float(part.to(machine.device)).contiguous(memory_format=torch.channels_last)
             logits.append(model(batch).float())

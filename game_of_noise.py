@@ -529,7 +529,7 @@ def median_epsilon_star(
 
     classifier.eval()
     distances = []
-    chunk = min(machine.chunk, 256)
+    chunk = min(machine.chunk(*images.shape[2:]), 256)
     for part, part_labels, part_z in zip(images.split(chunk), labels.split(chunk), z.split(chunk)):
         with torch.no_grad():
             noise = noise_generator(part_z).float()

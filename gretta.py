@@ -162,7 +162,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="image",
         help="what a perturbation is judged by: its image's own loss, or one mean loss of the batch and its perturbations, as in the published code",
     )
-    add("--query-batch", type=number(int, 1), metavar="N", help="images in one forward of the classifier at most (default: 128 on a CPU, else 4096)")
+    add(
+        "--query-batch",
+        type=number(int, 1),
+        metavar="N",
+        help="images in one forward of the classifier at most, in training (default: what suits the cache of a CPU; a GPU 4096 of 32 px)",
+    )
     add("--sigma", type=number(float, 0, open_low=True), default=0.1, help="scale of the perturbation of the levels")
     add("--alpha", type=number(float, 0, 1), default=0.5, help="surrogate: share of isotropic noise; 0 trusts the student alone")
     add("--beta", type=number(float, 0, open_low=True), default=1.0, help="scale of the estimated gradient")
@@ -696,7 +701,7 @@ def evaluate_predictors(
         images = common.to_float(images).contiguous(memory_format=torch.channels_last)
         with machine.autocast():
             for name in names:
-                parts = images.split(len(images) if name.endswith("bn_adapt") else machine.chunk_of(*images.shape[2:]))
+                parts = images.split(len(images) if name.endswith("bn_adapt") else machine.chunk(*images.shape[2:]))
                 kept = torch.cat([predictors[name](part).float() for part in parts])
                 if labels.dim() == 1:  # all that is asked of a thousand classes
                     kept = (kept.argmax(-1) == labels.view(-1, *[1] * (kept.dim() - 2))).double()
@@ -924,7 +929,7 @@ def predict_folder(
     policy.eval()
     alone = machine._replace(rank=0, world_size=1)  # only one rank predicts
     transformed = []
-    for chunk in images.split(machine.chunk_of(*images.shape[2:])):
+    for chunk in images.split(machine.chunk(*images.shape[2:])):
         transformed.append(common.to_uint8(gretta_steps(policy, common.to_float(chunk.to(machine.device)), transform, steps)[0][-1]).cpu())
     transformed = torch.cat(transformed)
     before, after = (probabilities(common.predict_logits(classifier, shown, alone), dataset).cpu().max(1) for shown in (images, transformed))
@@ -1145,7 +1150,7 @@ def main() -> None:
         weights = common.load_pretrained(classifier, args.model, args.dataset, machine, args.data_root, args.dry_run)
     classifier.to(machine.device, memory_format=machine.weight_layout)
     black_box = BlackBox(classifier, machine, args.est == "whitebox")
-    query_batch = args.query_batch or machine.chunk_of(sets.size, sets.size)
+    query_batch = args.query_batch or common.forward_chunk(classifier, sets.size, machine)
     policy = Policy(args.policy, num_levels, args.sigmoid, args.init).to(machine.device)
     optimizer = OPTIMIZERS[args.opt](policy.parameters(), lr=args.lr)
     scaler = common.grad_scaler(machine)

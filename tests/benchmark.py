@@ -272,7 +272,7 @@ def limit_of(case: Case, device: torch.device, tried: int) -> tuple[list[Setting
     chosen = [fastest(make, choice, min(count, tried), device) for make, count, choice in parts]
     if case.script == "gretta":
         make, count, _ = parts[0]
-        sizes = (64, 128, 256) if device.type == "cpu" else (4096, 16384)
+        sizes = (8, 16, 32, 64, 128) if device.type == "cpu" else (4096, 16384)
         chosen[0] = fastest(make, [chosen[0]] + [chosen[0]._replace(part=size) for size in sizes if size < count], count, device)
     works = [make(setting, count) for setting, (make, count, _) in zip(chosen, parts)]
     return chosen, lambda: [work() for work in works]
