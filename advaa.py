@@ -106,7 +106,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--run-dir", "--logdir", dest="run_dir", metavar="DIR", help="where the run is written (default: runs/advaa/…)")
     add("--resume", action="store_true", help="continue what --run-dir holds")
     add("--checkpoint-every", type=number(int, 1), default=10, metavar="EPOCHS", help="epochs between checkpoints")
-    add("--checkpoint-minutes", type=number(float, 0, open_low=True), default=10.0, metavar="MINUTES", help="and within an epoch after so long")
+    add(
+        "--checkpoint-minutes",
+        type=number(float, 0, open_low=True),
+        default=10.0,
+        metavar="MINUTES",
+        help="minutes between checkpoints within an epoch",
+    )
     add("--log-every", type=number(int, 1), default=10, metavar="STEPS", help="steps between lines of log.jsonl")
     add("--load-conf", metavar="FILE", help="defaults from the args.json of an earlier run, or any JSON of flags")
     add(
@@ -155,9 +161,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="images in one forward at most: the views go through the model policy by policy, and batch norm sees one policy's at a time (default: all views at once)",
     )
     add("--Q", type=number(int, 1), help="sub-policies in a policy; each view draws one (default: 5)")
-    add("--num-ops", type=int, choices=(16, 15), default=16, help="of controller and random policies; the published code's 15 lack SamplePairing")
-    add("--controller-lr", type=number(float, 0, open_low=True), help="Adam, one update per epoch (default: 3.5e-4; digits 0.01)")
-    add("--entropy-penalty", type=number(float, 0), help="weight of the policies' entropy in the controller's objective (default: 1e-5; digits 0.2)")
+    add(
+        "--num-ops",
+        type=int,
+        choices=(len(OPS), len(OPS) - 1),
+        default=len(OPS),
+        help="of controller and random policies; the published code's 15 lack SamplePairing",
+    )
+    add("--controller-lr", type=number(float, 0, open_low=True), help="Adam, one update per epoch (default: 3.5e-4; digits and mnist 0.01)")
+    add(
+        "--entropy-penalty",
+        type=number(float, 0),
+        help="weight of the policies' entropy in the controller's objective (default: 1e-5; digits and mnist 0.2)",
+    )
     add(
         "--carry-hidden",
         action=argparse.BooleanOptionalAction,
@@ -173,7 +189,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--collapse-guard", action="store_true", help=f"mix {100 * GUARD_SHARE:g} %% of uniform choices into the controller's")
     add("--label-smoothing", type=number(float, 0, 1, open_high=True), default=0.0, help="of the classifier's loss")
-    add("--cutout", type=number(int, 0), metavar="PX", help="side of the square cut out of every view, last (default: 16; digits, imagenet 0)")
+    add("--cutout", type=number(int, 0), metavar="PX", help="side of the square cut out of every view, last (default: 16 on CIFAR and fake, else 0)")
     add = parser.add_argument_group("optimiser").add_argument
     add("--lr", type=number(float, 0, open_low=True), help="of SGD with Nesterov momentum 0.9 (default: by data set and model)")
     add("--weight-decay", type=number(float, 0), help="(default: by data set and model)")
@@ -388,7 +404,7 @@ def solarize(images: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
 
 
 def posterize(images: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """The highest bits of each level kept; a number of bits is truncated."""
+    """The highest bits of each level kept; fractional numbers of bits are truncated."""
     return images & per_pixel((0xFF00 >> bits.int().clamp(0, 8) & 0xFF).to(torch.uint8), images)
 
 
@@ -517,7 +533,7 @@ def sample_views(ops: torch.Tensor, values: torch.Tensor, crop: int, flip: bool,
 
 
 def other_images(draws: torch.Tensor, count: int) -> torch.Tensor:
-    """Draws (M, count, 2) of any size as numbers of other images of the batch than each image's own (of a batch of one: itself)."""
+    """Draws (M, count, 2), of any size, to numbers of images of the batch, never the image itself (but in a batch of one)."""
     return (torch.arange(count)[:, None] + 1 + draws % max(count - 1, 1)) % count
 
 
@@ -620,7 +636,7 @@ class Controller(nn.Module):
 
     Weights start uniform in ±0.1 and the heads' biases at zero, so that choices start nearly uniform. carry_hidden: the state runs through all
     sub-policies, or starts anew for each, which makes them draws of one distribution. uniform_share: the share of uniform choices mixed in;
-    with 0.3, no choice has a probability below 0.019 (op) or 0.03 (magnitude), and the entropy stays above 0.48 of the largest.
+    with 0.3, no choice has a probability below 0.0187 (op) or 0.03 (magnitude), and the entropy stays above 0.48 of the largest.
     """
 
     def __init__(
@@ -903,10 +919,8 @@ def main() -> None:
     if args.evaluate and not in_place and not args.weights:
         missing = f"{checkpoint} does not exist" if args.run_dir else "--evaluate needs something to evaluate"
         raise InputError(f"{missing}: name a run of {SCRIPT} with --run-dir, or a checkpoint of --model with --weights")
-    if in_place and args.dry_run:
-        raise InputError(f"--dry-run would overwrite the results of {args.run_dir}: leave it out")
-    if in_place and args.eval_split != common.argument_of_run(checkpoint.parent, "eval_split"):
-        raise InputError(f"--eval-split {args.eval_split} would overwrite the results of {args.run_dir}: evaluate --weights {checkpoint} instead")
+    if in_place:
+        common.check_in_place(checkpoint.parent, args, ("dataset", "model", "eval_split"), f"evaluate --weights {checkpoint} instead")
     method = args.policy
     if args.evaluate and not in_place:
         file = Path(args.weights)  # a run's checkpoint goes by the name of its directory, a published one by its own
@@ -953,7 +967,8 @@ def main() -> None:
     directory = Path(args.run_dir) if in_place else common.run_directory(SCRIPT, vars(args), method, machine)
     saved = common.read_checkpoint(directory, "remove the directory to start afresh") if use_run else None
     # What a run cannot change when it is continued: the meaning of its history, its place in the schedule, its images.
-    names = ("dataset", "model", "policy", "seed", "M", "Q", "num_ops", "batch_size", "epochs", "num_train", "eval_split")
+    names = ("dataset", "model", "policy", "replay", "seed", "M", "Q", "num_ops", "reward", "batch_size", "epochs")
+    names += ("num_train", "eval_split", "validation")
     fixed = {key: getattr(args, key) for key in names}
     fixed["view_batch"] = bool(args.view_batch)
     if saved is not None and saved.get("script") != "advaa":
@@ -1039,7 +1054,7 @@ def main() -> None:
     # Training.
     if args.compile:
         classifier.compile()  # in place: the keys of its state dict stay
-    train_classifier = common.distribute(classifier, machine)
+    distributed = common.distribute(classifier, machine)
     epoch_start = saved["epoch_start"] if place.batches else generator.get_state()
     crop, flip = CROP_AND_FLIP.get(args.dataset, (0, False))
     in_memory = isinstance(sets.train, tuple)
@@ -1102,9 +1117,9 @@ def main() -> None:
             optimizer.zero_grad()
             for index, part in enumerate(images.chunk(parts)):
                 wait = machine.world_size > 1 and index < parts - 1  # gradients are averaged over ranks once, with the last part
-                with train_classifier.no_sync() if wait else contextlib.nullcontext():
+                with distributed.no_sync() if wait else contextlib.nullcontext():
                     with machine.autocast():
-                        logits = train_classifier(machine.layout(common.to_float(part))).float()
+                        logits = distributed(machine.layout(common.to_float(part))).float()
                     part_labels = labels.repeat(args.M // parts)
                     part_losses = F.cross_entropy(logits, part_labels, reduction="none", label_smoothing=args.label_smoothing)
                     # DDP averages over ranks, hence the world size.
@@ -1161,7 +1176,6 @@ def main() -> None:
         due = pace.due(step, now=True)
         if due or epoch % args.checkpoint_every == 0 or epoch == epochs:
             common.save_run(checkpoint_state(), directory, machine)
-        if due:
             pace.saved()
         pace.end()
     progress.update(step - progress.n)
@@ -1204,10 +1218,8 @@ def main() -> None:
     results |= {"extra_corruptions": extra} if extra else {}
     results |= {"flip_probability": flips} if flips else {}
     results |= {"best_on_validation": best} if "epoch" in best else {}
-    if in_place:  # the times stay those of the run, where it had finished
-        with contextlib.suppress(InputError):
-            earlier = common.read_results(directory)
-            results |= {key: earlier[key] for key in ("wall_seconds", "peak_memory_mb", "device") if key in earlier}
+    if in_place:  # what is not on disk any more to be trained on, once was
+        results |= common.kept_results(directory, *(() if sets.train is not None else ("n_train", "protocol")))
     if machine.is_main:
         title = f"{method} on {args.dataset}, {args.model}, seed {args.seed}"
         if history:
@@ -1259,7 +1271,8 @@ def protocol_line(dataset: str, model: str, split: str, sets: common.Sets, shift
     parts = [f"{dataset} {split} ({common.count_images(sets.test)} images)"]
     parts += [f"modified {dataset} made from them ({common.count_images(data)} images)" for data in shifted.values()]
     parts += [sets.corruptions.protocol] if sets.corruptions else []
-    line = f"{', '.join(parts)}; top-1 error (%), mean over severities; inputs normalised by {common.normalisation(dataset, model)}"
+    severities = ", mean over severities" if sets.corruptions else ""
+    line = f"{', '.join(parts)}; top-1 error (%){severities}; inputs normalised by {common.normalisation(dataset, model)}"
     if not epoch:
         return line
     trained = f"epoch {epoch} of" if epoch < epochs else "the last of"

@@ -417,6 +417,8 @@ def corruption_files(
     corruptions where they are there. MNIST-C: `<corruption>/test_{images,labels}.npy`, uint8 (N, 28, 28, 1). Arrays are mapped, not read; never
     unpickled. clean_labels: the test set's, which those of a corrupted set of the same size must equal.
     """
+    if f"{dataset}-c" not in ARCHIVES:
+        raise MissingData(f"no corrupted test set of {dataset} is published")
     published = {"mnist": "MNIST-C", "cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}[dataset]
     directory = Path(directory or Path(data_root) / ARCHIVES[f"{dataset}-c"][1][0][2][0])
     again = how_to_get(f"{dataset}-c", data_root, directory)
@@ -436,7 +438,8 @@ def corruption_files(
             raise InputError(f"{files[1]} is {labels.dtype} {labels.shape}, but {files[0]} is {images.shape}: {again}")
         return images, labels
 
-    for name in names:
+    extra = () if dataset == "mnist" else tuple(name for name in EXTRA_CORRUPTIONS if (directory / f"{name}.npy").is_file())
+    for name in names + extra:
         images, labels = arrays(name)
         repeated = labels.reshape(parts, -1)
         expected = repeated[0] if clean_labels is None or len(clean_labels) != repeated.shape[1] else clean_labels.numpy()
@@ -450,7 +453,6 @@ def corruption_files(
         images, labels = images[rows].copy(), torch.from_numpy(labels[rows].astype(np.int64))
         return (as_32_px(images[..., 0]) if dataset == "mnist" else torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()), labels
 
-    extra = () if dataset == "mnist" else tuple(name for name in EXTRA_CORRUPTIONS if (directory / f"{name}.npy").is_file())
     return Corruptions(read, names, extra, severities, f"{published} as published")
 
 
@@ -607,7 +609,7 @@ def class_folders(directory: str | Path, advice: str) -> list[str]:
 
 
 def check_classes(directory: str | Path, classes: list[str], expected: list[str], where: str | Path) -> int:
-    """The number of entries in all class folders of a directory. InputError, naming the first that differ, unless its classes are those in
+    """The number of pictures in all class folders of a directory. InputError, naming the first that differ, unless its classes are those in
     `where`, and for one that is empty."""
     missing, unexpected = sorted(set(expected) - set(classes)), sorted(set(classes) - set(expected))
     faults = [
@@ -617,7 +619,7 @@ def check_classes(directory: str | Path, classes: list[str], expected: list[str]
         raise InputError(f"{directory} has other classes than {where}: {'; '.join(faults)}")
     total = 0
     for name in classes:
-        count = len(os.listdir(Path(directory) / name))
+        count = sum(file.lower().endswith(IMAGE_SUFFIXES) and file[0] != "." for file in os.listdir(Path(directory) / name))
         if count == 0:
             raise InputError(f"{Path(directory) / name} is empty: copy or unpack it again")
         total += count
@@ -682,7 +684,9 @@ class Folder(torch.utils.data.Dataset):
     def batches(self, items: Iterable[list[tuple[int, int | None]]], workers: int, machine: "Machine") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches of items as uint8 images (b, 3, size, size) and labels (b,) or (b, L), on the device."""
         ahead = {"prefetch_factor": 4, "worker_init_fn": leave_signals} if workers else {}
-        loader = torch.utils.data.DataLoader(self, batch_sampler=items, num_workers=workers, pin_memory=machine.device.type == "cuda", **ahead)
+        # With a generator of its own the loader draws nothing from torch's, whose state is part of a run.
+        pinned = {"pin_memory": machine.device.type == "cuda", "generator": torch.Generator()}
+        loader = torch.utils.data.DataLoader(self, batch_sampler=items, num_workers=workers, **pinned, **ahead)
         try:
             for images, labels in loader:
                 images, labels = images.to(machine.device, non_blocking=True), labels.to(machine.device, non_blocking=True)
@@ -1957,7 +1961,7 @@ def build_model(name: str, num_classes: int, dataset: str) -> nn.Module:
     """An untrained classifier from images in [0, 1], (B, 3, H, W), to logits (B, num_classes).
 
     name: a key of MODELS, or any classification model of torchvision by its name there ("resnet50", "convnext_tiny", …).
-    dataset: its image statistics are used for normalisation, and "digits" takes the slim widths. Raises InputError for an unknown name.
+    dataset: its image statistics are used for normalisation; "digits" and "mnist" take the slim widths. Raises InputError for an unknown name.
     """
     imagenet = normalisation(dataset, name) == IMAGENET_STATISTICS
     statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if imagenet else ((0.5,) * 3, (0.5,) * 3)
@@ -1965,16 +1969,17 @@ def build_model(name: str, num_classes: int, dataset: str) -> nn.Module:
     if name not in models:
         return torchvision_model(name, num_classes, *statistics)
     model = models[name](num_classes)
-    return normalise_inside(model, *statistics) if name.startswith("resnet") else model  # the others do it themselves
+    return normalise_inside(model, *statistics) if name in RESNETS else model  # the others do it themselves
 
 
+RESNETS = ("resnet50", "resnet50d", "resnet200")  # of MODELS: normalise as torchvision's do
 IMAGENET_STATISTICS = "ImageNet's mean and std"
 
 
 def normalisation(dataset: str, name: str) -> str:
     """How a classifier's inputs are normalised, for the protocol."""
     # torchvision's Inception and GoogLeNet were trained on inputs normalised by 0.5/0.5, its other ImageNet models by ImageNet's statistics.
-    imagenet = dataset in ("imagenet", "folder", "chexpert") and name not in ("googlenet", "inception_v3")
+    imagenet = dataset in ("imagenet", "folder", "chexpert") and name not in ("googlenet", "inception_v3") and (name not in MODELS or name in RESNETS)
     return IMAGENET_STATISTICS if imagenet else "0.5/0.5"
 
 
@@ -2124,7 +2129,9 @@ def load_small_weights(model: nn.Module, name: str, dataset: str, machine: "Mach
         if machine.is_main:
             print(f"{file} is missing: training {name} on the training images of {dataset} first", flush=True)
         epochs, batch_size = (30, 50) if dataset == "digits" else (3, 100)
-        trained = train_classifier(name, machine, data_root, epochs=epochs, batch_size=batch_size, dataset=dataset)  # alike on every rank
+        # The caller's random state must not depend on whether a file was at hand.
+        with torch.random.fork_rng(devices=[machine.device] if machine.device.type == "cuda" else []):
+            trained = train_classifier(name, machine, data_root, epochs=epochs, batch_size=batch_size, dataset=dataset)  # alike on every rank
         if machine.is_main:
             save_atomically(trained.state_dict(), file)
         machine.barrier()
@@ -2400,21 +2407,14 @@ def unpack(archive: Path, directory: Path, members: list[str]) -> None:
 
 
 def train_classifier(
-    name: str,
-    machine: "Machine",
-    data_root: str | Path = "data",
-    epochs: int = 30,
-    batch_size: int = 50,
-    lr: float = 0.1,
-    seed: int = 0,
-    dataset: str = "digits",
+    name: str, machine: "Machine", data_root: str | Path = "data", epochs: int = 30, batch_size: int = 50, dataset: str = "digits"
 ) -> nn.Module:
     """A classifier of digits or mnist: SGD with Nesterov momentum 0.9, weight decay 5e-4, one-cycle learning rate, label smoothing 0.1, mild augmentation."""
     from tqdm import tqdm
 
-    with torch.random.fork_rng(devices=[]):  # the caller's random state must not depend on whether a file was at hand
-        torch.manual_seed(seed)
-        model = build_model(name, 10, dataset).to(machine.device, memory_format=machine.weight_layout)
+    lr, seed = 0.1, 0
+    torch.manual_seed(seed)
+    model = build_model(name, 10, dataset).to(machine.device, memory_format=machine.weight_layout)
     images, labels = (tensor.to(machine.device) for tensor in load_split(dataset, "train", data_root))
     validation = load_split(dataset, "val", data_root)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
@@ -2476,7 +2476,7 @@ class Machine(NamedTuple):
         return batch[self.rank * size // self.world_size : (self.rank + 1) * size // self.world_size]
 
     def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, on every rank."""
+        """The sum over all ranks, on every rank; with several, in place of `tensor`'s own values."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -2514,7 +2514,7 @@ def start_machine(device: str = "auto", amp: bool = False, seed: int = 0) -> Mac
         dist.init_process_group("nccl" if use_cuda else "gloo", store=store, rank=rank, world_size=world_size)
     amp_dtype = None
     if amp:
-        amp_dtype = torch.float16 if use_cuda and not torch.cuda.is_bf16_supported() else torch.bfloat16
+        amp_dtype = torch.float16 if use_cuda and not torch.cuda.is_bf16_supported(including_emulation=False) else torch.bfloat16
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -2832,7 +2832,8 @@ def predict_logits(model: Callable, images: torch.Tensor, machine: Machine, chun
 
 
 def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, machine: Machine) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent and mean cross entropy, in eval mode; the model's mode is restored."""
+    """{"top1_accuracy", "top5_accuracy": percent, "loss": mean cross entropy} of a model on the machine's device, on uint8 images (N, 3, H, W) with
+    labels (N,) int64, in eval mode; the model's mode is restored."""
     training = model.training
     model.eval()
     logits, labels = predict_logits(model, images, machine), labels.to(machine.device)
@@ -3114,6 +3115,25 @@ def argument_of_run(directory: Path, name: str) -> object:
     return None
 
 
+def check_in_place(directory: Path, args: argparse.Namespace, names: tuple[str, ...], instead: str) -> None:
+    """Before a run is evaluated in its own directory: InputError, ending in `instead`, where that would replace its results by those of other
+    settings (`names`, and --dry-run)."""
+    if args.dry_run and not argument_of_run(directory, "dry_run"):
+        raise InputError(f"--dry-run would overwrite the results of {directory}: leave it out")
+    for name in names:
+        value, held = getattr(args, name), argument_of_run(directory, name)
+        if held is not None and value != held:
+            raise InputError(f"--{name.replace('_', '-')} {value} would overwrite the results of {directory}: {instead}")
+
+
+def kept_results(directory: Path, *names: str) -> dict:
+    """Of the results.json of a run that is evaluated again: what does not change (device, times), and `names`; nothing where it had not finished."""
+    with contextlib.suppress(InputError):
+        earlier = read_results(directory)
+        return {key: earlier[key] for key in ("wall_seconds", "peak_memory_mb", "device", *names) if key in earlier}
+    return {}
+
+
 def read_results(directory: Path) -> dict:
     """The results.json of a finished run."""
     try:
@@ -3183,12 +3203,13 @@ def write_text(file: Path, text: str) -> None:
 
 
 def keep_log(file: Path, step: int) -> None:
-    """Drop the lines after `step`: a resumed run writes them again."""
+    """Drop the lines after `step`, and of the test, which is evaluated again: a resumed run writes them anew."""
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
     kept = []
     for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a run that was killed may leave half a line
-            if json.loads(line)["step"] <= step:
+            entry = json.loads(line)
+            if entry["step"] <= step and not any(key.startswith("test_") for key in entry):
                 kept.append(line + "\n")
     file.write_text("".join(kept))
 
@@ -3292,7 +3313,7 @@ def table(directories: list[str | Path], by: list[str] = ()) -> str:
             "|---" * (len(columns) + 1) + "|",
         ]
         order = ("none", "five_crop", "ten_crop", "bn_adapt", "vanilla", "surrogate", "whitebox")  # rows as in the papers
-        order += ("clean", "Speckle", "Gauss_single", "Gauss_mult", "ANT", "ANT3x3")
+        order += ("clean", "Speckle", "Gauss_single", "Gauss_mult", "ANT", "ANT+SIN", "ANT3x3", "ANT3x3+SIN")
         order += ("random", "trivial", "autoaugment", "advaa", "replay")
         rank = {name: position for position, name in enumerate(order)}
         for row, values in sorted(rows.items(), key=lambda item: rank.get(item[0].split(",")[0], len(order))):
@@ -3311,7 +3332,7 @@ def mean_and_std(values: list[float]) -> str:
 def main() -> None:
     parser = Parser(description=__doc__.split("\n\n")[-1].strip())
     parser.add_argument("run_dirs", nargs="*", metavar="RUN_DIR", help="directories of finished runs: print their results, mean ± std over seeds")
-    parser.add_argument("--by", action="append", default=[], metavar="SETTING", help="rows by this setting too, as args.json names it (M)")
+    parser.add_argument("--by", action="append", default=[], metavar="SETTING", help="rows by this setting too, as args.json names it, for example M")
     parser.add_argument("--train-weights", metavar="MODEL", help="train this classifier on digits and write weights/digits-MODEL.pt")
     parser.add_argument("--contact-sheet", metavar="PNG", help="draw every corruption at every severity")
     names = (*ARCHIVES, *PUBLISHED_WEIGHTS)

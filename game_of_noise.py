@@ -20,7 +20,6 @@ clean half of a batch stays clean, and the norm after clipping is exactly ε. RE
 """
 
 import argparse
-import contextlib
 import copy
 import math
 import os
@@ -131,7 +130,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--run-dir", metavar="DIR", help="where the run is written (default: runs/game_of_noise/…)")
     add("--resume", action="store_true", help="continue what --run-dir holds")
     add("--checkpoint-every", type=number(int, 1), default=1, metavar="EPOCHS", help="epochs between checkpoints")
-    add("--checkpoint-minutes", type=number(float, 0, open_low=True), default=10.0, metavar="MINUTES", help="and within an epoch after so long")
+    add(
+        "--checkpoint-minutes",
+        type=number(float, 0, open_low=True),
+        default=10.0,
+        metavar="MINUTES",
+        help="minutes between checkpoints within an epoch",
+    )
     add("--log-every", type=number(int, 1), default=10, metavar="STEPS", help="steps between lines of log.jsonl")
     add("--load-conf", metavar="FILE", help="defaults from the args.json of an earlier run, or any JSON of flags")
     add(
@@ -143,7 +148,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=common.boolean,
         help="only evaluate: the run in --run-dir, --weights, or the model named by --model-name; also writes Results/<model>_evaluation_results.txt",
     )
-    add("--model-name", choices=MODEL_NAMES, help="what to evaluate: clean, a model published with the paper, or, on digits, a mode (default: clean)")
+    add("--model-name", choices=MODEL_NAMES, help="what to evaluate: clean, or (imagenet) a model published with the paper (default: clean)")
     add("--dry-run", action="store_true", help="one small step of every phase, same outputs; downloads nothing")
     add = parser.add_argument_group("data").add_argument
     add(
@@ -164,7 +169,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--generate-corruptions", action="store_true", help="make the 15 corruptions of the test images where the published ones are not on disk")
     add("--datadir-sin", metavar="DIR", help="Stylized-ImageNet: a folder with train/, for --mode ANT+SIN (default: <data-root>/sin)")
     add("-j", "--workers", type=number(int, 0), help=f"processes that decode pictures, at most one per core {by_data_set('workers')}")
-    add("-tb", "--test-batch-size", type=number(int, 1), default=256, help="pictures per batch in evaluation")
+    add("-tb", "--test-batch-size", type=number(int, 1), default=256, help="images per batch when pictures on disk are evaluated")
     add("--eval-split", choices=("val", "test"), default="test", help="images that are evaluated at the end; val is for tuning")
     add = parser.add_argument_group("model").add_argument
     add(
@@ -242,7 +247,7 @@ def project(images: torch.Tensor, noise: torch.Tensor, epsilon: float | torch.Te
 
     images (B, 3, H, W) in [0, 1]; noise the same shape, its scale is of no matter; epsilon > 0, a number or (B,). Returns noisy images,
     differentiable in images and noise. Where ε is beyond reach every pixel whose noise is not zero is at 0 or 1 (no noise: the image
-    itself). Raises InputError for ε ≤ 0 and for shapes that differ.
+    itself). Raises InputError for a number ε ≤ 0 and for shapes that differ.
 
     With s = η² the squared distance is Σ min(s·δᵢ², mᵢ²), mᵢ the room that pixel i has in its direction: piecewise linear and concave in s.
     Newton's method reaches its root from the left without overshooting, in a few passes where sorting all breakpoints would take more.
@@ -270,7 +275,8 @@ def project(images: torch.Tensor, noise: torch.Tensor, epsilon: float | torch.Te
         s = newton_root(power, room, target, s)
         saturated = power * s[:, None] >= room
         reached = s.isfinite()
-    # One more step of Newton's, this time with gradients: η through the pixels that are not clipped. Rounding rules it where hardly any are left.
+    # One more step of Newton's, this time with gradients: η through the pixels that are not clipped. Where hardly any are left, rounding is larger than
+    # what it would change: s stays.
     slope = (delta.square() * ~saturated).sum(1)
     squared = (target - (room * saturated).sum(1)) / torch.where(reached & (slope > 0), slope, 1.0)
     trusted = reached & (slope > 0) & (squared > 0.999 * s)
@@ -544,7 +550,7 @@ def median_epsilon_star(
 
 @torch.no_grad()
 def draw_noise(file: Path, generators: dict[str, NoiseGenerator], size: int, generator: torch.Generator, device: torch.device) -> None:
-    """A: the densities that the generators learned, of the mean over colours and of each colour, beside a Gaussian. Each noise is divided by its
+    """The densities of the noise that the generators learned, of the mean over colours and of each colour, beside a Gaussian. Each noise is divided by its
     root mean square, which the projection sets anyway."""
     import matplotlib.figure
 
@@ -580,7 +586,7 @@ def draw_examples(
     rows: dict[str, Callable[[torch.Tensor], torch.Tensor]],
     machine: common.Machine,
 ) -> None:
-    """B and D: images (columns) clean and under each noise (rows), with the class that the classifier sees, green where it is right."""
+    """Images (columns) clean and under each noise (rows), with the class that the classifier sees, green where it is right."""
     import matplotlib.figure
 
     classifier.eval()
@@ -602,7 +608,7 @@ def draw_examples(
 
 @torch.no_grad()
 def draw_patches(file: Path, generators: dict[str, NoiseGenerator], generator: torch.Generator, device: torch.device) -> None:
-    """C: 28 px patches of the noise, one row per generator, from its 1st to its 99th percentile, with Gaussian noise below."""
+    """28 px patches of the noise, one row per generator, from its 1st to its 99th percentile, with Gaussian noise below."""
     import matplotlib.figure
 
     rows = dict(generators) | {"Gaussian": None}
@@ -700,8 +706,9 @@ def main() -> None:
     in_place = bool(use_run and args.evaluate)  # the run's own directory is evaluated again
     if args.evaluate and args.run_dir and not (in_place or args.model_name or args.weights):
         raise InputError(f"{checkpoint} does not exist: name a run of {SCRIPT} with --run-dir, or what to evaluate with --model-name or --weights")
-    if in_place and args.dry_run:
-        raise InputError(f"--dry-run would overwrite the results of {args.run_dir}: leave it out")
+    if in_place:
+        names = ("dataset", "model", "mode", "ng_type", "eval_split", "epsilon", "star_iterations")
+        common.check_in_place(checkpoint.parent, args, names, f"evaluate --weights {checkpoint} instead")
     method = method_name(args.mode, args.ng_type)
     if args.evaluate and not in_place:
         file = Path(args.weights or "clean")  # a run's checkpoint goes by the name of its directory, a published one by its own
@@ -747,7 +754,7 @@ def main() -> None:
 
     # What a run cannot change when it is continued: the meaning of its history, its place in the schedule, its images.
     names = ("dataset", "model", "mode", "ng_type", "seed", "epsilon", "batch_size", "epochs", "eval_split")
-    names += ("clean_share", "replay_share", "reset_generator", "generator_epochs")
+    names += ("clean_share", "replay_share", "reset_generator", "generator_epochs", "std_gauss", "weights")
     fixed = {key: getattr(args, key) for key in names}
     saved = common.read_checkpoint(directory, "remove the directory to start afresh") if use_run else None
     if saved is not None and (saved.get("script") != "game_of_noise" or saved.get("method") != method):
@@ -770,7 +777,7 @@ def main() -> None:
     # The model before training is evaluated too, and is what mCE refers to (on ImageNet that is AlexNet). Of a checkpoint, that is not known.
     has_before = not args.evaluate or args.dataset == "digits" or (in_place and args.dataset != "imagenet")
     origin = None
-    if args.weights and (in_place or not args.evaluate):
+    if args.weights and (has_before if in_place else not args.evaluate):
         origin = common.load_checkpoint(classifier, args.weights, machine, args.dry_run)
     elif (has_before or final is None) and not lacking:
         origin = common.load_pretrained(classifier, name, args.dataset, machine, args.data_root, args.dry_run)
@@ -838,11 +845,11 @@ def main() -> None:
     # The game.
     if args.compile:
         classifier.compile()  # in place: the keys of its state dict stay
-    train_classifier = common.distribute(classifier, machine)
+    distributed = common.distribute(classifier, machine)
     epoch_start = saved["epoch_start"] if place.batches else None  # the generator's state when the epoch's order was drawn
 
-    def epoch_of_batches(data: Data, batch_size: int, place: common.Place = common.EPOCH_START) -> Iterator:
-        return common.image_batches(data, batch_size, generator, machine, workers, augmentation, place)
+    def epoch_of_batches(data: Data, place: common.Place = common.EPOCH_START) -> Iterator:
+        return common.image_batches(data, args.batch_size, generator, machine, workers, augmentation, place)
 
     def stylised_batches(epoch: int, start: int) -> Iterator:
         """Stylised images without end, from batch `start` of the epoch on; their order is the epoch's own."""
@@ -862,7 +869,7 @@ def main() -> None:
             fresh, _, robust_accuracy = train_fresh_generator(
                 classifier,
                 args.ng_type,
-                lambda: epoch_of_batches(sets.train, args.batch_size),
+                lambda: epoch_of_batches(sets.train),
                 args.epsilon,
                 args.fresh_lr,
                 args.fresh_iterations,
@@ -885,7 +892,7 @@ def main() -> None:
         if not done:
             chosen = torch.randint(max(1, len(memory)), (steps_per_epoch, 2), generator=generator, device=machine.device).tolist()
             epoch_start = generator.get_state()
-        for earlier, (images, labels) in zip(chosen[done:], epoch_of_batches(sets.train, args.batch_size, place)):
+        for earlier, (images, labels) in zip(chosen[done:], epoch_of_batches(sets.train, place)):
             z = machine.own_rows(draw_z(args.batch_size, images, current.border if ant else 0, generator))
             if ant:
                 # max over the generator, on the whole batch; the classifier in eval mode, so that its batch statistics are left alone
@@ -894,7 +901,7 @@ def main() -> None:
                     loss, _ = noise_loss(classifier, current, images, labels, z, args.epsilon, machine)
                     ascend(loss / args.batch_size, current, generator_optimizer, scaler, machine)
                 # min over the classifier: clean, the current generator, two earlier ones
-                replayed = [partial(torch.func.functional_call, current, memory[number]) for number in earlier] if memory else [current] * 2
+                replayed = [partial(torch.func.functional_call, current, memory[old]) for old in earlier] if memory else [current] * 2
                 z = machine.own_rows(draw_z(args.batch_size, images, current.border, generator))
                 mixed = mixed_batch(images, z, [current, *replayed], own, args.epsilon)
             else:
@@ -906,7 +913,7 @@ def main() -> None:
                 mixed, labels = torch.cat([mixed, extra[0]]), torch.cat([labels, extra[1]])
             classifier.train()
             with machine.autocast():
-                logits = train_classifier(machine.layout(mixed)).float()
+                logits = distributed(machine.layout(mixed)).float()
             losses = F.cross_entropy(logits, labels, reduction="none")
             optimizer.zero_grad()
             # DDP averages over ranks, hence the world size.
@@ -939,7 +946,6 @@ def main() -> None:
         due = pace.due(step, now=True)
         if due or epoch % args.checkpoint_every == 0 or epoch == epochs:
             common.save_run(checkpoint_state(), directory, machine)
-        if due:
             pace.saved()
         pace.end()
     progress.update(step - progress.n)
@@ -963,7 +969,7 @@ def main() -> None:
         evaluators[ng_type], _, _ = train_fresh_generator(
             classifier,
             ng_type,
-            lambda: epoch_of_batches(attacked, args.batch_size),
+            lambda: epoch_of_batches(attacked),
             args.epsilon,
             args.fresh_lr,
             args.star_iterations,
@@ -995,19 +1001,16 @@ def main() -> None:
     results |= {"extra_corruptions": extra} if extra else {}
     if has_before:
         results["before"] = {"clean_accuracy": clean[-1]["top1_accuracy"], "corruptions": corruptions[-1]}
-    if in_place:  # the times stay those of the run, where it had finished
-        with contextlib.suppress(InputError):
-            earlier = common.read_results(directory)
-            kept = ("wall_seconds", "peak_memory_mb", "device", *(() if has_before else ("before",)))
-            results |= {key: earlier[key] for key in kept if key in earlier}
+    if in_place:
+        results |= common.kept_results(directory, *(() if has_before else ("before",)))
     if machine.is_main:
         title = f"{method} on {args.dataset}, {args.model}, seed {args.seed}"
         shown, shown_labels = common.gather_images(sets.test, 8, 0, machine)
-        earlier = {}
-        for number in sorted({0, len(memory) // 2, len(memory) - 1} if memory else ()):
-            earlier[f"epoch {number + 1}"] = NoiseGenerator(args.ng_type).to(machine.device)
-            earlier[f"epoch {number + 1}"].load_state_dict(memory[number])
-        learned = earlier | {f"fresh ({kind})": evaluator for kind, evaluator in evaluators.items() if not earlier or kind == args.ng_type}
+        learned = {}
+        for index in sorted({0, len(memory) // 2, len(memory) - 1} if memory else ()):
+            learned[f"epoch {index + 1}"] = NoiseGenerator(args.ng_type).to(machine.device)
+            learned[f"epoch {index + 1}"].load_state_dict(memory[index])
+        learned |= {f"fresh ({kind})": evaluator for kind, evaluator in evaluators.items() if not memory or kind == args.ng_type}
 
         def under(noise_generator: NoiseGenerator | None) -> Callable[[torch.Tensor], torch.Tensor]:
             def change(images: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ its gradient is estimated from differences of losses under perturbed levels (evo
     python gretta.py --model wideresnet --est surrogate             # Guided ES: a distilled student points the way
     python gretta.py --model resnext --est whitebox                 # the true gradient, for comparison
     python gretta.py --model resnext --train-on augmented           # train images under strong augmentation, tested on digits-C
-    python gretta.py --evaluate --run-dir RUN_DIR --steps 2         # apply a trained policy twice
+    python gretta.py --evaluate --run-dir RUN_DIR                   # evaluate a trained policy again
     python gretta.py --predict FOLDER --run-dir RUN_DIR             # your own pictures
     torchrun --nproc_per_node 2 gretta.py --model resnext --est vanilla
 
@@ -58,6 +58,9 @@ SETTINGS = {
 }
 TARGETS = ("digits", "mnist", "chexpert", "folder")  # have a labelled target domain; the others are tested on a corruption set
 
+# fused: one pass over all weights, four to eight times as fast as the default on a CPU
+OPTIMIZERS = {"adam": partial(torch.optim.Adam, fused=True), "sgd": partial(torch.optim.SGD, fused=True), "rmsprop": torch.optim.RMSprop}
+
 # name: (value at level 0, value at level 1), in the order in which they are applied; level 0.5 is the identity of each
 TRANSFORMS = {
     "translate_x": (-20.0, 20.0),  # px, positive to the right
@@ -68,7 +71,7 @@ TRANSFORMS = {
     "contrast": (0.5, 1.5),
     "hue": (-1.0, 1.0),  # radians
 }
-TRANSFORM_SETS = {"geometry": list(TRANSFORMS)[:4], "color": list(TRANSFORMS)[4:], "full": list(TRANSFORMS)}
+TRANSFORM_SETS = {"geometry": ["translate_x", "translate_y", "zoom_x", "zoom_y"], "color": ["gamma", "contrast", "hue"], "full": list(TRANSFORMS)}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -80,8 +83,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile the policy and the classifier")
     add("--run-dir", metavar="DIR", help="where the run is written (default: runs/gretta/…)")
     add("--resume", action="store_true", help="continue what --run-dir holds")
-    add("--checkpoint-every", type=number(int, 1), metavar="EPOCHS", help="epochs between checkpoints (default: a tenth of the run)")
-    add("--checkpoint-minutes", type=number(float, 0, open_low=True), default=10.0, metavar="MINUTES", help="and within an epoch after so long")
+    add(
+        "--checkpoint-every",
+        type=number(int, 1),
+        metavar="EPOCHS",
+        help="epochs between checkpoints, and points of the curves (default: a tenth of the run)",
+    )
+    add(
+        "--checkpoint-minutes",
+        type=number(float, 0, open_low=True),
+        default=10.0,
+        metavar="MINUTES",
+        help="minutes between checkpoints within an epoch",
+    )
     add("--log-every", type=number(int, 1), default=10, metavar="STEPS", help="steps between lines of log.jsonl")
     add("--load-conf", metavar="FILE", help="defaults from the args.json of an earlier run, or any JSON of flags")
     add(
@@ -183,11 +197,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("optimiser").add_argument
     add("--opt", choices=tuple(OPTIMIZERS), help="optimiser of the policy (default: by data set)")
     add("--lr", type=number(float, 0, open_low=True), help="learning rate, cosine to zero (default: by data set)")
-    add("--epochs", type=number(int, 1), help="passes over the training part (default: 2; for digits as many as make 120 steps, whitebox 300)")
+    add(
+        "--epochs",
+        type=number(int, 1),
+        help="passes over the training part (default: 2; digits, mnist, folder: as many as make 120 steps; digits' whitebox 300)",
+    )
     add("--batch-size", type=number(int, 1), help="images per step over all ranks (default: by data set)")
     args = parser.parse(argv, lambda given: SETTINGS[given.dataset][given.est], from_source)
     if args.train_on == "target" and args.dataset not in TARGETS:
         parser.error(f"--train-on target: {args.dataset} has no labelled target domain; choose --train-on augmented")
+    if args.train_on == "target" and (args.corruptions_path or args.generate_corruptions):
+        parser.error("--corruptions-path and --generate-corruptions belong to --train-on augmented: the target domain has no corruptions")
+    if args.train_on == "augmented" and args.reg == "test" and args.target_split == "val":
+        parser.error("--reg test --target-split val: the regulariser would see the images that are evaluated; leave one of them out")
     if args.train_on == "augmented" and args.dataset == "chexpert":
         parser.error("--train-on augmented: CheXpert has no corruption set; choose --train-on target")
     if args.dataset in ("folder", "chexpert") and not (args.weights or args.blackbox):
@@ -227,9 +249,6 @@ def from_source(values: dict, given: argparse.Namespace) -> dict:
         found["student"] = source.get("student_paths", {}).get(model)
     return values | {key: value for key, value in found.items() if value is not None}
 
-
-# fused: one pass over all weights, four to eight times as fast as the default on a CPU
-OPTIMIZERS = {"adam": partial(torch.optim.Adam, fused=True), "sgd": partial(torch.optim.SGD, fused=True), "rmsprop": torch.optim.RMSprop}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Transforms: levels (B, K) in [0, 1] → transformed images
@@ -273,7 +292,7 @@ def rotate_hue(images: torch.Tensor, radians: torch.Tensor) -> torch.Tensor:
 
 def strong_augmentation(images: torch.Tensor, draw: torch.Tensor, flip: bool) -> torch.Tensor:
     """The augmentation of the published training run, per image: flip, rotation ±30°, translation ±half the side, zoom 0.7..1.3,
-    pad-crop 4, then brightness, contrast and saturation 0.5..1.5 and hue ±half a turn. images (B, 3, H, W) in [0, 1]; draw (B, 12), uniform
+    pad-crop 4, then brightness, contrast and saturation 0.5..1.5 and hue ±half a turn. images (B, 3, H, W) in [0, 1]; draw (B, 11), uniform
     in −1..1, says how much of each.
 
     Flips and hues are left out where they would change the class (`flip` is False for digits, whose grey has no hue anyway).
@@ -282,7 +301,7 @@ def strong_augmentation(images: torch.Tensor, draw: torch.Tensor, flip: bool) ->
     zoom = (1 + 0.3 * draw[:, :1]).repeat(1, 2)
     if flip:
         zoom = zoom * torch.stack([draw[:, 1].sign(), torch.ones_like(zoom[:, 0])], dim=1)
-    translation = (draw[:, 2:4] * 0.5 * side).round() + (draw[:, 4:6] * 4.5).trunc()
+    translation = (draw[:, 2:4] * 0.5 * side).round() + (draw[:, 4:6] * 4.5).round()
     images = common.affine_warp(images, common.affine_matrix(zoom, translation, 30 * draw[:, 6]))
     brightness, contrast, saturation = (1 + 0.5 * draw[:, column, None, None, None] for column in (7, 8, 9))
     images = common.adjust_contrast((images * brightness).clamp(0, 1), contrast.flatten())
@@ -292,7 +311,8 @@ def strong_augmentation(images: torch.Tensor, draw: torch.Tensor, flip: bool) ->
 
 
 def strong_draws(count: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.rand(count, 12, generator=generator, device=generator.device) * 2 - 1
+    """What strong_augmentation draws for `count` images: (count, 11), uniform in −1..1."""
+    return torch.rand(count, 11, generator=generator, device=generator.device) * 2 - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,14 +404,13 @@ def antithetic_gradient(loss: Loss, levels: torch.Tensor, epsilon: torch.Tensor,
     return (beta / (2 * sigma**2) * (plus - minus)[:, :, None] * epsilon).mean(0)
 
 
-def true_gradient(loss: Callable, levels: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
-    """The gradient (B, K) of each row's loss by backpropagation. chunk: so many rows at a time, by loss(levels of the chunk, number of its first row)."""
+def true_gradient(loss: Callable, levels: torch.Tensor, chunk: int) -> torch.Tensor:
+    """The gradient (B, K) of each row's loss by backpropagation, `chunk` rows at a time: of loss(levels of the chunk, number of its first row)."""
     gradients = []
-    for start in range(0, len(levels), chunk or len(levels)):
+    for start in range(0, len(levels), chunk):
         with torch.enable_grad():
-            part = levels[start : start + (chunk or len(levels))].detach().requires_grad_()
-            losses = loss(part, start) if chunk else loss(part)
-            gradients.append(torch.autograd.grad(losses.sum(), part)[0])
+            part = levels[start : start + chunk].detach().requires_grad_()
+            gradients.append(torch.autograd.grad(loss(part, start).sum(), part)[0])
     return torch.cat(gradients)
 
 
@@ -411,7 +430,7 @@ def consistency_loss(policy: nn.Module, images: torch.Tensor, levels: torch.Tens
 
 
 class BlackBox:
-    """A frozen classifier: images in [0, 1] to logits, the images it was shown are counted. No gradient flows unless `whitebox`."""
+    """A frozen classifier, from images in [0, 1] to logits. It counts the images that it is shown; no gradient flows through it unless `whitebox`."""
 
     def __init__(self, classifier: nn.Module, machine: common.Machine, whitebox: bool):
         self.classifier = classifier.eval().requires_grad_(False)
@@ -441,7 +460,7 @@ class Program(nn.Module):
 
 
 def program_kind(file: str | Path) -> str:
-    """Of the file's suffix "onnx", or of what is in the archive "torchscript" or "torch.export". InputError for a missing file and for anything else."""
+    """What kind of program a file holds: "onnx" by its suffix, "torchscript" or "torch.export" by what is in the archive. InputError for anything else."""
     import zipfile
 
     if not Path(file).is_file():
@@ -583,6 +602,21 @@ def shared_loss(loss: Loss, count: int, global_count: int, machine: common.Machi
     return mean
 
 
+def find_student(args: argparse.Namespace, shipped: Path, num_classes: int, machine: common.Machine) -> nn.Module | None:
+    """The student that is given; or that the run which is resumed distilled; or that belongs to the classifier. None: it is yet to be distilled."""
+    at_hand = []
+    if args.resume and common.has_checkpoint(args.run_dir):
+        at_hand.append(str(Path(args.run_dir) / "student.pt"))
+    if not args.weights and not args.blackbox:
+        at_hand.append(f"gretta-{args.model}-student" if args.dataset == "cifar100" else str(shipped))
+    at_hand = [file for file in at_hand if file in common.PUBLISHED_WEIGHTS or Path(file).is_file()]
+    if not args.student and not at_hand:
+        return None
+    student = common.build_model("student", num_classes, args.dataset)
+    common.load_checkpoint(student, args.student or at_hand[0], machine, args.dry_run)
+    return student.to(machine.device, memory_format=machine.weight_layout).eval().requires_grad_(False)
+
+
 def distil_student(
     black_box: BlackBox, images: torch.Tensor, dataset: str, num_classes: int, machine: common.Machine, epochs: int, batch_size: int, seed: int
 ) -> nn.Module:
@@ -676,36 +710,41 @@ def evaluate_predictors(
 ) -> dict[str, dict[str, float]]:
     """The figures of each named predictor on uint8 images (see `figures`); with steps > 1 also after each step (gretta_1, …).
 
-    Every image is asked for on one rank, once per predictor.
+    Every image is evaluated on one rank.
     """
     # Batch statistics must not see one class only: the images come shuffled, always alike, and every rank sees whole batches.
     order = torch.randperm(common.count_images(data), generator=torch.Generator().manual_seed(0))
     batches = order.split(200)[machine.rank :: machine.world_size]
-    adapted = adapt_batch_norm(classifier) if {"bn_adapt", "gretta_bn_adapt"} & {*names} else None
+    policy.eval()
+
+    def query(model: nn.Module, images: torch.Tensor) -> torch.Tensor:  # mixed precision is for the networks, not for the transforms
+        with machine.autocast():
+            return model(images.contiguous(memory_format=torch.channels_last)).float()
+
+    none, ask_policy = partial(query, classifier), partial(query, policy)
+    adapted = partial(query, adapt_batch_norm(classifier)) if {"bn_adapt", "gretta_bn_adapt"} & {*names} else None
 
     def after_each_step(images: torch.Tensor) -> torch.Tensor:
-        seen, _ = gretta_steps(policy, images, transform, steps)
-        return torch.stack([classifier(image).float() for image in seen[1:]], dim=1)  # (B, steps, classes)
+        seen, _ = gretta_steps(ask_policy, images, transform, steps)
+        return torch.stack([none(image) for image in seen[1:]], dim=1)  # (B, steps, classes)
 
     predictors = {
-        "none": classifier,
-        "five_crop": lambda images: crop_scores(classifier, images, dataset, flips=False),
-        "ten_crop": lambda images: crop_scores(classifier, images, dataset, flips=True),
+        "none": none,
+        "five_crop": lambda images: crop_scores(none, images, dataset, flips=False),
+        "ten_crop": lambda images: crop_scores(none, images, dataset, flips=True),
         "bn_adapt": adapted,
         "gretta": after_each_step,
-        "gretta_bn_adapt": lambda images: adapted(gretta_steps(policy, images, transform, steps)[0][-1]),
+        "gretta_bn_adapt": lambda images: adapted(gretta_steps(ask_policy, images, transform, steps)[0][-1]),
     }
-    policy.eval()
     scores, answers = {name: [] for name in names}, []
     for images, labels in common.numbered_batches(data, batches, workers, machine):
-        images = common.to_float(images).contiguous(memory_format=torch.channels_last)
-        with machine.autocast():
-            for name in names:
-                parts = images.split(len(images) if name.endswith("bn_adapt") else machine.chunk(*images.shape[2:]))
-                kept = torch.cat([predictors[name](part).float() for part in parts])
-                if labels.dim() == 1:  # all that is asked of a thousand classes
-                    kept = (kept.argmax(-1) == labels.view(-1, *[1] * (kept.dim() - 2))).double()
-                scores[name].append(kept)
+        images = common.to_float(images)
+        for name in names:
+            parts = images.split(len(images) if name.endswith("bn_adapt") else machine.chunk(*images.shape[2:]))
+            kept = torch.cat([predictors[name](part) for part in parts])
+            if labels.dim() == 1:  # all that is asked of a thousand classes
+                kept = (kept.argmax(-1) == labels.view(-1, *[1] * (kept.dim() - 2))).double()
+            scores[name].append(kept)
         answers.append(labels)
 
     def gather(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -889,8 +928,9 @@ def draw_curves(file: Path, history: list[dict], baseline: float, title: str) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_folder(folder: str, size: int) -> tuple[list[Path], torch.Tensor]:
-    """The picture files of a folder, sorted by name, and their pixels as (N, 3, size, size) uint8: RGB, the shorter side scaled, the centre cut out."""
+def read_folder(folder: str, size: int, dataset: str = "digits") -> tuple[list[Path], torch.Tensor]:
+    """The picture files of a folder, sorted by name, and their pixels as (N, 3, size, size) uint8: RGB, the shorter side scaled, the centre cut out
+    (for data sets of pictures as these are evaluated)."""
     import numpy as np
     from PIL import Image, ImageOps
 
@@ -902,8 +942,11 @@ def read_folder(folder: str, size: int) -> tuple[list[Path], torch.Tensor]:
     images = []
     for file in files:
         try:
+            if dataset in ("imagenet", "folder", "chexpert"):
+                images.append(torch.from_numpy(np.asarray(common.read_picture(str(file), size, 256)).copy()).permute(2, 0, 1))
+                continue
             with common.open_picture(file) as image:
-                # to 32 px or so: the box filter of thumbnails would alias, bicubic with antialiasing is PIL's default
+                # Bicubic, as a large photograph is shrunk to 32 px or so: Pillow's antialiases, and keeps edges sharper than bilinear.
                 fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
                 images.append(torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1))
         except Exception as error:  # a damaged picture raises whatever its decoder meets
@@ -950,23 +993,21 @@ def predict_folder(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def target_domain(
-    split: str, proportion: float, data_root: str, variants: int = 10, dataset: str = "digits", num_train: int = 10**9
-) -> tuple[torch.Tensor, ...]:
+def target_domain(split: str, proportion: float, data_root: str, variants: int = 10, dataset: str = "digits") -> tuple[torch.Tensor, ...]:
     """Modified digits (or MNIST) as two disjoint parts: `proportion` of all images to train the policy on, and the part it is evaluated on.
 
     The split goes by digit, stratified: no digit has images in both parts. Half of the digits (more where proportion > 1/2) are
     set aside for training, and proportion · N of their images are drawn, different digits first; the evaluation part is every image of the
     other digits, so it is the same for every proportion up to 1/2. Returns images, labels of the training part, images, labels of the
-    evaluation part, and the training part's digits' images that were not drawn (for --reg test, which needs no labels).
+    evaluation part, and all images of the digits set aside for training (for --reg test, which needs no labels).
     """
     images, labels, source = common.modified_digits(split, data_root, variants, dataset=dataset)
     for_training, order = set_aside(labels[: len(labels) // variants], proportion)
     # Variant by variant, so that the first images drawn are of different digits.
     pool = torch.cat([v * len(order) + order[for_training[order]] for v in range(variants)])
-    drawn, unlabelled = pool[: round(proportion * len(labels))], pool
+    drawn = pool[: round(proportion * len(labels))]
     held_out = torch.nonzero(~for_training[source])[:, 0]
-    return images[drawn], labels[drawn], images[held_out], labels[held_out], images[unlabelled]
+    return images[drawn], labels[drawn], images[held_out], labels[held_out], images[pool]
 
 
 def set_aside(labels: torch.Tensor, proportion: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1073,7 +1114,7 @@ def load_sets(
     tests = {name: partial(on_device, test, machine) for name, test in tests.items()}
     for name in corruptions.names + corruptions.extra if corruptions else ():
         tests |= {f"{name}-{severity}": partial(corruptions.read, name, severity) for severity in corruptions.severities}
-    if reg == "none":
+    if reg == "none" or not train:
         reg_images = None
     elif reg != "test":
         images = common.gather_images(learn_from, REG_IMAGES, workers, machine)[0] if isinstance(learn_from, common.Folder) else learn_from[0]
@@ -1099,6 +1140,11 @@ def main() -> None:
     if use_policy and not args.weights_policy and not args.run_dir:
         raise InputError("--evaluate needs a trained policy: name its run with --run-dir, or its file with --weights-policy")
 
+    if use_policy and not args.weights_policy and common.has_checkpoint(args.run_dir):
+        instead = "evaluate it with --weights-policy RUN_DIR/checkpoint.pt"
+        names = ("dataset", "model", "train_on", "proportion", "target_split", "transform", "policy", "sigmoid", "uncertain", "steps")
+        common.check_in_place(Path(args.run_dir), args, names, instead)
+
     # Data: everything is looked for before the first file is written.
     if args.export:
         check_export(args.export, args.blackbox)
@@ -1119,12 +1165,12 @@ def main() -> None:
         generate=args.generate_corruptions,
         fake_shape=args.fake_shape,
     )
-    files, pictures = read_folder(args.predict, sets.size) if args.predict else ([], None)
+    files, pictures = read_folder(args.predict, sets.size, args.dataset) if args.predict else ([], None)
     if args.dry_run:
         sets = sets._replace(train=common.keep_some(sets.train, min(args.batch_size, 32)))
     n_train = common.count_images(sets.train)
     if args.dry_run:
-        args.epochs, args.num_samples, args.batch_size = 1, min(args.num_samples, 2), min(args.batch_size, n_train)
+        args.epochs, args.num_samples, args.batch_size = 1, min(args.num_samples, 2), min(args.batch_size, n_train or args.batch_size)
     steps_per_epoch = n_train // args.batch_size
     if steps_per_epoch == 0 and not use_policy:
         raise InputError(
@@ -1155,21 +1201,13 @@ def main() -> None:
     optimizer = OPTIMIZERS[args.opt](policy.parameters(), lr=args.lr)
     scaler = common.grad_scaler(machine)
     generator = torch.Generator(machine.device).manual_seed(args.seed)  # alike on every rank: order, noise, augmentation
-    student, queries_distillation = None, 0
-    # The student: given, or the one that belongs to the classifier, or the one distilled before by the run that is resumed.
-    shipped_student = common.WEIGHTS / f"{args.dataset}-{args.model}-student.pt"
-    own = [] if args.weights or args.blackbox else [f"gretta-{args.model}-student"] if args.dataset == "cifar100" else [shipped_student]
-    distilled_before = [Path(args.run_dir) / "student.pt"] if args.resume and common.has_checkpoint(args.run_dir) else []
-    if args.est == "surrogate" and not use_policy:
-        for given in [args.student] if args.student else distilled_before + own:
-            if student is None and (given == args.student or given in common.PUBLISHED_WEIGHTS or Path(given).is_file()):
-                student = common.build_model("student", sets.num_classes, args.dataset)
-                common.load_checkpoint(student, str(given), machine, args.dry_run)
-                student.to(machine.device, memory_format=machine.weight_layout).eval().requires_grad_(False)
+    shipped_student = common.WEIGHTS / f"{args.dataset}-{args.model}-student.pt"  # kept there once it was distilled
+    student = find_student(args, shipped_student, sets.num_classes, machine) if args.est == "surrogate" and not use_policy else None
+    queries_distillation = 0
 
     # What a run cannot change when it is continued: the meaning of its history, its place in the schedule, its images.
-    names = ("dataset", "model", "est", "seed", "policy", "transform", "train_on", "proportion")
-    names += ("opt", "epochs", "batch_size", "num_samples", "credit")
+    names = ("dataset", "model", "est", "seed", "policy", "sigmoid", "transform", "train_on", "proportion", "target_split", "uncertain", "reg")
+    names += ("opt", "lr", "epochs", "batch_size", "num_samples", "credit")
     fixed = {name: getattr(args, name) for name in names}
 
     # The run's directory, and what it holds already.
@@ -1180,6 +1218,9 @@ def main() -> None:
         saved = common.load_tensors(args.weights_policy, advice) if args.weights_policy else common.read_checkpoint(directory, advice)
         common.load_content(policy, saved, args.weights_policy or directory / "checkpoint.pt")
         saved = saved if "history" in saved else None  # a bare state dict says nothing of its run
+        if saved is not None and args.weights_policy:
+            shape = {name: fixed[name] for name in ("transform", "policy", "sigmoid")}
+            common.check_unchanged(saved, shape, args.weights_policy)
     elif args.resume and common.has_checkpoint(args.run_dir):
         saved = common.read_checkpoint(args.run_dir, "remove the directory to start afresh")
         common.load_content(policy, saved, Path(args.run_dir) / "checkpoint.pt")
@@ -1233,7 +1274,7 @@ def main() -> None:
             black_box.classifier = torch.compile(black_box.classifier)
     step = queries = epoch = 0
     history: list[dict] = []
-    state, place, totals = saved, common.EPOCH_START, torch.zeros(4, device=machine.device)
+    state, place, totals = saved, common.EPOCH_START, torch.zeros(4, dtype=torch.float64, device=machine.device)  # float32 can't count 2²⁴ queries
     if saved is not None:
         step, queries, epoch, history = saved["step"], saved["queries"], saved["epoch"], saved["history"]
         queries_distillation = saved["queries_distillation"]
@@ -1293,7 +1334,8 @@ def main() -> None:
                 rows = torch.randint(len(sets.reg), (args.batch_size,), generator=generator, device=machine.device)
                 applied = 0.25 + 0.5 * torch.rand(args.batch_size, num_levels, generator=generator, device=machine.device)
                 unlabelled = common.to_float(machine.own_rows(sets.reg[rows]))
-                consistency = consistency_loss(train_policy, unlabelled, machine.own_rows(applied), args.transform)
+                with machine.autocast():
+                    consistency = consistency_loss(train_policy, unlabelled, machine.own_rows(applied), args.transform)
                 objective = objective + args.reg_weight * consistency.sum() * machine.world_size / args.batch_size
             totals[3] += objective.detach()
             optimizer.zero_grad()
@@ -1316,19 +1358,16 @@ def main() -> None:
         loss_sum, correct, rows, _ = common.finite_totals(machine.all_sum(totals), step, args.lr, directory)
         queries += int(rows)
         place, totals, epoch_start = common.EPOCH_START, torch.zeros_like(totals), generator.get_state()
-        if epoch % args.checkpoint_every != 0 and epoch != args.epochs:
-            if pace.due(step, now=True):
-                state = checkpoint_state()
-                common.save_run(state, directory, machine)
-                pace.saved()
-            pace.end()
-            continue
-        val_accuracy = evaluate(sets.val, steps=1, names=("gretta",))["gretta"]["accuracy"]
-        history.append({"epoch": epoch, "queries": queries, "loss": loss_sum / rows, "accuracy": 100 * correct / rows, "val_accuracy": val_accuracy})
-        run.log(step, **history[-1])
-        state = checkpoint_state()
-        common.save_run(state, directory, machine)
-        if pace.due(step, now=True):
+        regular = epoch % args.checkpoint_every == 0 or epoch == args.epochs
+        if regular:
+            val_accuracy = evaluate(sets.val, steps=1, names=("gretta",))["gretta"]["accuracy"]
+            history.append(
+                {"epoch": epoch, "queries": queries, "loss": loss_sum / rows, "accuracy": 100 * correct / rows, "val_accuracy": val_accuracy}
+            )
+            run.log(step, **history[-1])
+        if pace.due(step, now=True) or regular:
+            state = checkpoint_state()
+            common.save_run(state, directory, machine)
             pace.saved()
         pace.end()
     progress.close()
@@ -1391,7 +1430,7 @@ def main() -> None:
         if args.predict:
             predict_folder(files, pictures, directory, classifier, policy, args.transform, args.steps, args.dataset, machine)
     run.log(step, **{f"test_{name}": value for name, value in accuracy.items()})
-    results = run.finish(results)
+    results = run.finish(results | (common.kept_results(directory) if in_place else {}))
     if machine.is_main and not use_policy:
         common.save_run(state | {"finished": True}, directory, machine)
         if queries_distillation and args.dataset in ("digits", "mnist") and not (args.weights or args.blackbox or args.dry_run):

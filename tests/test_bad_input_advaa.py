@@ -106,7 +106,6 @@ def test_run_directories(refuses_here, tmp_path, monkeypatch, capfd):
     refuse("--resume", "--policy", "random", names=("checkpoint.pt", "--policy was advaa", "another --run-dir"))
     refuse("--resume", "--M", "3", "--epochs", "5", names=("--M was 2", "--epochs was 2"))
     refuse("--evaluate", "--eval-split", "val", names=("--eval-split val would overwrite",))
-    refuse("--evaluate", "--dry-run", names=("--dry-run would overwrite",))
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     torch.save(state | {"finished": False, "generator": torch.zeros(3)}, tmp_path / "run" / "checkpoint.pt")
     refuse("--resume", names=("checkpoint.pt", "does not continue"))

@@ -563,3 +563,38 @@ def test_advaa_on_mnist_and_on_cifar10_with_its_extra_corruptions(tmp_path):
     results = results_of(tmp_path / "cifar")
     assert list(results["extra_corruptions"]) == ["saturate"] and list(results["corruptions"]) == [*common.CORRUPTIONS, "mean"]
     assert results["corruptions"]["mean"] == pytest.approx(np.mean([results["corruptions"][name] for name in common.CORRUPTIONS]))
+
+
+def test_a_set_without_published_corruptions(tmp_path):
+    """A data set that one adds: the corruptions are made where that is asked for, and else the line says why not."""
+    with pytest.raises(common.MissingData, match="no corrupted test set of svhn is published"):
+        common.corruption_files("svhn", tmp_path)
+
+
+def test_pictures_are_read_without_a_draw_from_torchs_own_generator(tmp_path):
+    """A run continued within an epoch begins it once more, which must not show in the random states."""
+    for number, name in enumerate(("a", "b")):
+        make_pictures(tmp_path / "train" / name, 3, number)
+    folder, machine = common.class_folder(tmp_path / "train", ["a", "b"]), common.start_machine("cpu")
+    state = torch.get_rng_state()
+    assert len(list(folder.all_batches(2, 0, machine))) == 3
+    assert len(list(folder.random_batches(2, torch.Generator(), 1, machine))) == 3
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_no_picture_does_not_count(tmp_path):
+    for number, name in enumerate(("a", "b")):
+        make_pictures(tmp_path / name, 2, number)
+    for name in (".DS_Store", "Thumbs.db", ".hidden.png"):
+        (tmp_path / "a" / name).write_bytes(b"x")
+    assert common.check_classes(tmp_path, ["a", "b"], ["a", "b"], tmp_path) == 4
+    for file in (tmp_path / "b").iterdir():
+        file.unlink()
+    (tmp_path / "b" / ".DS_Store").write_bytes(b"x")
+    with pytest.raises(common.InputError, match="b is empty"):
+        common.check_classes(tmp_path, ["a", "b"], ["a", "b"], tmp_path)
+
+
+def test_the_protocol_names_the_statistics_that_the_model_uses():
+    for dataset, name, imagenet in (("folder", "resnet50", True), ("folder", "wresnet28_10", False), ("imagenet", "convnext_tiny", True), ("cifar10", "resnet50", False), ("imagenet", "inception_v3", False)):  # fmt: skip
+        assert (common.normalisation(dataset, name) == common.IMAGENET_STATISTICS) == imagenet

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TIMES, Handler, assert_equal_weights, results_of, run_script, state_of, without_times
+from conftest import ROOT, TIMES, Handler, assert_equal_weights, refused, results_of, run_script, state_of, without_times
 from PIL import Image
 
 import common
@@ -128,6 +128,12 @@ def test_evaluate_repeats_the_figures_and_writes_the_report(run, tmp_path):
     for figure in (before["clean_accuracy"], before["mce"], before["epsilon_star"], *before["corruptions"].values(), *before["severities"]["fog"]):
         assert f"{figure:.2f}" in report
     assert all(name in report for name in common.CORRUPTIONS)
+
+
+def test_an_evaluation_in_place_is_of_the_runs_own_settings(run):
+    for flags in (("--eval-split", "test"), ("--epsilon", "3"), ("--star-iterations", "5"), ("--dry-run",)):
+        names = (f"{flags[0]} ", "would overwrite the results of", run)
+        refused(run, "game_of_noise.py", "--evaluate", "--run-dir", run, *flags, names=names)
 
 
 def test_a_run_from_other_weights_is_evaluated_as_itself(run, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, results_of, run_script, without_times
+from conftest import ROOT, refused, results_of, run_script, without_times
 from PIL import Image
 
 import common
@@ -88,8 +88,13 @@ def test_the_same_seed_gives_the_same_results(run, tmp_path):
 def test_evaluate_repeats_the_accuracy_and_applies_more_steps(run, tmp_path):
     before = results_of(run)
     run_script("gretta.py", "--evaluate", "--run-dir", run)
-    assert results_of(run)["accuracy"] == before["accuracy"] and results_of(run)["queries"] == before["queries"]
+    assert results_of(run) == before  # the times too are those of the run
+    assert sum("test_gretta" in line for line in log_of(run)) == 1
     run_script("gretta.py", "-e", "True", "--weights-policy", run / "checkpoint.pt", *SMALL, "--steps", 2, "--run-dir", tmp_path / "two")
+    refuse = (("--target-split", "test"), ("--steps", 2), ("--dry-run",), ("--proportion", 0.5))
+    for flags in refuse:  # the run's results are its own
+        refused(run, "gretta.py", "--evaluate", "--run-dir", run, *flags, names=(f"{flags[0]} ", "would overwrite the results of", run))
+    refused(run, "gretta.py", "-e", "--weights-policy", run / "checkpoint.pt", *SMALL, "--sigmoid", names=("--sigmoid was False",))
     accuracy = results_of(tmp_path / "two")["accuracy"]
     assert accuracy["gretta_1"] == before["accuracy"]["gretta"] and accuracy["gretta_2"] == accuracy["gretta"]
 
