@@ -1,16 +1,17 @@
 """What the scripts of CleanAug share. Read it in this order:
 
-    constants     data sets, corruptions, paths, InputError
+    constants     paths, classes, where data sets are downloaded from, InputError
     data          load_split, digits, modified digits, MNIST, CIFAR, their corrupted sets, CheXpert, batches, affine_warp
     folders       Folder: pictures on disk such as ImageNet's, class_folder, imagenet_c, plain_batches, image_batches
     sets          load_sets: what a run needs of a data set, whatever its kind
     corruptions   CORRUPTIONS, corrupt, contact_sheet
     models        ResNeXt-29, Wide ResNet, Shake-Shake, PyramidNet with ShakeDrop, ResNet-50-D and -200, build_model,
-                  load_weights, digits' and ImageNet's weights, published checkpoints, download
+                  load_weights, digits' and ImageNet's weights
     machine       device, mixed precision, processes, seeds, signals
     checkpoints   atomic files, the one before the newest, continuing
     evaluation    predict_logits, evaluate, evaluate_folder, evaluate_models, evaluate_corruptions
     results       command line, run directory, logs, results.json, the table over seeds
+    files         published checkpoints, download, unpack, CIFAR's pickles read safely
 
 Nothing happens on import. As a program it prints a Markdown table of mean ± std over seeds, trains a classifier for
 digits, draws what the corruptions look like, or gets a data set or a published checkpoint:
@@ -195,60 +196,6 @@ def load_digits(split: str, data_root: str | Path = "data") -> tuple[torch.Tenso
     images = F.pad(images, (6, 6, 6, 6))  # (N, 1, 32, 32)
     images = (images * 255).round().to(torch.uint8).repeat(1, 3, 1, 1)
     return images, torch.from_numpy(labels[chosen].astype(np.int64))
-
-
-class PickledArray:
-    """What a pickle says of an array, none of which numpy is trusted with: it would follow pointers in the bytes of an object array."""
-
-    def __init__(self, *content: object):
-        self.content = content
-
-    def __setstate__(self, state: object) -> None:
-        if isinstance(state, tuple) and len(state) == 5:  # of an array: version, shape, type, Fortran order, bytes
-            self.content = (state[4], state[2], state[1], state[3])
-
-    def pixels(self) -> np.ndarray:
-        """The array, if it is of uint8."""
-        content, kind, shape, fortran = self.content
-        if not isinstance(kind, PickledArray) or kind.content[0] not in ("u1", "uint8"):
-            raise ValueError("its data is not uint8")
-        content = content.encode("latin1") if isinstance(content, str) else content  # pickled by Python 2
-        return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran in (True, "F") else "C").copy()
-
-
-class CifarUnpickler(pickle.Unpickler):
-    """Unpickles dicts, lists and strings, and arrays as PickledArray; whatever else a pickle names is refused, so no code in it is ever run."""
-
-    def find_class(self, module: str, name: str) -> object:
-        if module.startswith("numpy") and name in ("_reconstruct", "_frombuffer", "ndarray", "dtype"):
-            return PickledArray
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 pickles bytes for Python 2
-            return encode_latin1
-        raise pickle.UnpicklingError(f"it names {module}.{name}, and no code is unpickled")
-
-
-def encode_latin1(text: str, *_: object) -> bytes:
-    return text.encode("latin1")
-
-
-def unpickle_cifar(content: bytes) -> dict:
-    """What one of CIFAR's pickles holds. Raises ValueError, before anything is unpickled, for one built to use up memory or time."""
-    made, kept, memo = 0, set(), 0  # tuples made, the numbers they are kept under, how many numbers there are
-    last = ""
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
-        name = opcode.name
-        made += name.startswith("TUPLE")
-        number = memo if name == "MEMOIZE" else argument
-        if "PUT" in name or name == "MEMOIZE":
-            memo += 1
-            kept |= {number} if last.startswith("TUPLE") else set()
-        # CIFAR's pickles take a third of these steps, and have some ten tuples that occur once: to hash one within another within another, each
-        # twice, would take for ever. A large number of a PUT would make the unpickler allocate room for all those below it.
-        strange = name in ("DUP", "FROZENSET") or ("PUT" in name and number > len(content)) or ("GET" in name and number in kept)
-        if strange or made > 40 or count > 2**20:
-            raise ValueError(f"{name} at step {count}: not as CIFAR is pickled")
-        last = name
-    return CifarUnpickler(io.BytesIO(content), encoding="latin1").load()
 
 
 def load_cifar(dataset: str, split: str, data_root: str | Path = "data") -> tuple[torch.Tensor, torch.Tensor]:
@@ -2169,243 +2116,6 @@ def load_imagenet_weights(model: nn.Module, name: str, machine: "Machine", dry_r
     return f"{file}" + (f", but for {', '.join(head)} (another number of classes)" if head else "")
 
 
-class Published(NamedTuple):
-    url: str
-    file: str  # its name under weights/
-    dataset: str
-    model: str
-
-
-def on_drive(identity: str) -> str:
-    """The address of a public file on Google Drive; confirm=t: without the page that says it was not scanned for viruses."""
-    return f"https://drive.usercontent.google.com/download?id={identity}&export=download&confirm=t"
-
-
-GAME_OF_NOISE = "https://github.com/bethgelab/game-of-noise/releases/download/v1.0/"
-
-# Checkpoints that others published, by the names that --weights and --download take; weights/README.md says what each of them scores.
-PUBLISHED_WEIGHTS = {
-    # GrETTA (Wang, Yang & Lin; github.com/agil27/GrETTA): classifiers trained with AugMix, and the students distilled from them
-    "gretta-resnext": Published(on_drive("13WhxEVrh23cV22URtAuJytBgG2cvgP0h"), "gretta-resnext.pth", "cifar100", "resnext"),
-    "gretta-wideresnet": Published(on_drive("19fHZG4ZVcli0L8nmXCdf8YZvu6wHwHFx"), "gretta-wideresnet.pth", "cifar100", "wideresnet"),
-    "gretta-resnext-student": Published(on_drive("1MQs0Vx4Mjv6w5Rs5Qnr31YrLy6xTNMJj"), "gretta-resnext-student.pth", "cifar100", "student"),
-    "gretta-wideresnet-student": Published(on_drive("1ycNtxRtewRs81myG6Hn3YI9ds2aufM_p"), "gretta-wideresnet-student.pth", "cifar100", "student"),
-    # AugMix (Hendrycks et al. 2020), as RobustBench (github.com/RobustBench/robustbench) keeps it
-    "robustbench-cifar10-resnext": Published(on_drive("1uGP3nZbL3LC160kOsxwkkt6tDd4qbZT1"), "robustbench-cifar10-resnext.pt", "cifar10", "resnext"),
-    "robustbench-cifar10-wideresnet": Published(
-        on_drive("1wy7gSRsUZzCzj8QhmTbcnwmES_2kkNph"), "robustbench-cifar10-wideresnet.pt", "cifar10", "wideresnet"
-    ),
-    "robustbench-cifar100-resnext": Published(
-        on_drive("1ocnHbvDdOBLvgNr6K7vEYL08hUdkD1Rv"), "robustbench-cifar100-resnext.pt", "cifar100", "resnext"
-    ),
-    "robustbench-cifar100-wideresnet": Published(
-        on_drive("1XpFFdCdU9LcDtcyNfo6_BV1RZHKKkBVE"), "robustbench-cifar100-wideresnet.pt", "cifar100", "wideresnet"
-    ),
-    # Game of Noise (Rusak et al. 2020; github.com/bethgelab/game-of-noise)
-    "ANT": Published(GAME_OF_NOISE + "ANT_Model.pth", "ANT_Model.pth", "imagenet", "resnet50"),
-    "ANT+SIN": Published(GAME_OF_NOISE + "ANT_SIN_Model.pth", "ANT_SIN_Model.pth", "imagenet", "resnet50"),
-    "ANT3x3": Published(GAME_OF_NOISE + "ANT3x3_Model.pth", "ANT3x3_Model.pth", "imagenet", "resnet50"),
-    "ANT3x3+SIN": Published(GAME_OF_NOISE + "ANT3x3_SIN_Model.pth", "ANT3x3_SIN_Model.pth", "imagenet", "resnet50"),
-    "Speckle": Published(GAME_OF_NOISE + "Speckle_Model.pth", "Speckle_Model.pth", "imagenet", "resnet50"),
-    "Gauss_mult": Published(GAME_OF_NOISE + "Gauss_mult_Model.pth", "Gauss_mult_Model.pth", "imagenet", "resnet50"),
-    "Gauss_sigma_0.5": Published(GAME_OF_NOISE + "Gauss_sigma_0.5_Model.pth", "Gauss_sigma_0.5_Model.pth", "imagenet", "resnet50"),
-}
-
-
-def default_checkpoint(dataset: str, model: str) -> str | None:
-    """The name of the published AugMix classifier for a CIFAR set; None where there is none."""
-    names = [name for name, published in PUBLISHED_WEIGHTS.items() if (published.dataset, published.model) == (dataset, model)]
-    return names[0] if names and dataset.startswith("cifar") and model != "student" else None  # GrETTA's own before RobustBench's
-
-
-def find_checkpoint(given: str, machine: "Machine", dry_run: bool = False) -> Path | None:
-    """The file that --weights means: a name of PUBLISHED_WEIGHTS (see published_file), or a path, which is returned as it is."""
-    return published_file(given, machine, dry_run) if given in PUBLISHED_WEIGHTS else Path(given)
-
-
-def published_file(name: str, machine: "Machine", dry_run: bool = False) -> Path | None:
-    """The file of one of PUBLISHED_WEIGHTS, downloaded by rank 0 if it is missing. A dry run downloads nothing: None where it is missing."""
-    published = PUBLISHED_WEIGHTS[name]
-    file = WEIGHTS / published.file
-    if dry_run and not file.is_file():
-        if machine.is_main:
-            print(f"{name}: {file} is not there, and a dry run downloads nothing: the model stays untrained", flush=True)
-        return None
-    if machine.is_main:
-        download(published.url, file)
-        check_recorded(file)
-    machine.barrier()
-    return file
-
-
-def check_recorded(file: Path) -> None:
-    """Record the file's sha256 in sha256.json beside it, {file name: hex}, or compare it with the one that is there.
-
-    For files without a published checksum: what was used first is what is used later. Raises InputError for a file that differs.
-    """
-    record = file.with_name("sha256.json")
-    try:
-        known = json.loads(record.read_text()) if record.is_file() else {}
-        recorded = known.get(file.name)
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{record} does not hold checksums by file name ({error}): remove it, and they are recorded anew") from error
-    found = file_hash(file, "sha256")
-    if recorded is None:
-        write_json(record, known | {file.name: found})
-    elif found != recorded:
-        raise InputError(
-            f"{file} has sha256 {found}, but {record} recorded {recorded} when it was first used: "
-            f"remove {file} to fetch it again, or its line in {record} if the change was meant"
-        )
-
-
-def load_checkpoint(model: nn.Module, given: str, machine: "Machine", dry_run: bool = False) -> Path | None:
-    """Load the checkpoint that find_checkpoint finds into `model` and return its file; None: a dry run left the model untrained."""
-    file = find_checkpoint(given, machine, dry_run)
-    if file is not None:
-        load_weights(model, file)
-    return file
-
-
-def download(url: str, file: Path, sha256_prefix: str | None = None, md5: str | None = None) -> Path:
-    """Fetch `url` to `file` unless it is there. The file appears whole or not at all; InputError says what went wrong, and what to do.
-
-    A server that answers with a page (Google Drive, when many asked for a file or it is gone) is refused before anything is written. What came before a connection broke off waits in `<file>.part`, and the next call goes on from there where the server can (a Range request).
-    sha256_prefix (the first digits of the checksum, as in torchvision's file names) or md5: a file of another checksum is removed.
-    """
-    if file.is_file():
-        return file
-    from tqdm import tqdm
-
-    part = file.with_name(f"{file.name}.part")
-    try:
-        held = part.stat().st_size if part.is_file() else 0
-        print(f"downloading {url} to {file}" + (f", from byte {held:,} on" if held else ""), flush=True)
-        with open_url(url, held) as answer:
-            held = held if answer.status == 206 else 0  # 200: the server sends the whole of it
-            size = held + int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
-            chunk = answer.read(2**20)
-            if answer.headers.get_content_type() == "text/html" or (not held and chunk[:100].lstrip().startswith(b"<")):
-                raise InputError(f"{url} answered with a page, not the file (quota?): fetch it in a browser and put it at {file}")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with (
-                open(part, "ab" if held else "wb") as stream,
-                tqdm(total=size, initial=held, unit="B", unit_scale=True, desc=file.name, disable=None) as bar,
-            ):
-                while chunk:
-                    stream.write(chunk)
-                    bar.update(len(chunk))
-                    chunk = answer.read(2**20)
-        if size is not None and part.stat().st_size != size:
-            raise OSError(f"the connection broke off after {part.stat().st_size:,} of {size:,} bytes; the same command goes on from there")
-        for name, wanted in (("sha256", sha256_prefix), ("md5", md5)):
-            found = file_hash(part, name) if wanted else ""
-            if wanted and not found.startswith(wanted):
-                part.unlink()
-                raise OSError(f"its {name} is {found}, not {wanted}…, so it was removed")
-        os.replace(part, file)
-    except InputError:
-        raise
-    except (OSError, ValueError, http.client.HTTPException) as error:  # no network, no such file, another checksum
-        raise InputError(f"cannot download {url} ({error}): try again, or put the file at {file} yourself") from error
-    return file
-
-
-def file_hash(file: Path, name: str) -> str:
-    """A file's "md5" or "sha256", in hexadecimal digits."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, name).hexdigest()
-
-
-def open_url(url: str, held: int) -> http.client.HTTPResponse:
-    """The server's answer for a file of which the first `held` bytes are here; a server that knows no more of it sends the whole."""
-    headers = {"User-Agent": "CleanAug"}
-    try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers | ({"Range": f"bytes={held}-"} if held else {})), timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # range not satisfiable
-            raise
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
-
-
-def how_to_get(name: str, data_root: str | Path, damaged: Path | None = None) -> str:
-    """The command and the address that get one of ARCHIVES; what is `damaged` must be removed before, or it would be taken for whole."""
-    root = "" if str(data_root) == "data" else f" --data-root {data_root}"
-    target, files = ARCHIVES[name]
-    address = next((url for url, _, _ in files if damaged is not None and damaged.name.startswith(Path(url).stem)), files[0][0])
-    remove = f"remove {damaged} and " if damaged is not None and damaged.exists() else ""
-    return f"{remove}get it with python common.py --download {name}{root}, or unpack {address} in {Path(data_root) / target}"
-
-
-def fetch(name: str, data_root: str | Path) -> Path:
-    """Download and unpack what is missing of one of ARCHIVES, and return its folder. An archive is removed once it is unpacked. InputError for
-    what cannot be had: what was downloaded so far waits for the next call."""
-    target, files = ARCHIVES[name]
-    directory = Path(data_root) / target
-    for url, md5, members in files:
-        if all((directory / member).exists() or (name == "mnist" and mnist_file(member, data_root).is_file()) for member in members):
-            continue
-        packed = Path(url).name not in members
-        try:
-            file = download(url, directory / Path(url).name, md5=md5)
-        except InputError as error:
-            raise InputError(f"{directory / members[0]} is missing: {error}") from error
-        if packed:
-            unpack(file, directory, members)
-            file.unlink()
-    return directory / files[0][2][0] if len(files) == 1 else directory
-
-
-def unpack(archive: Path, directory: Path, members: list[str]) -> None:
-    """Unpack a tar (gzipped or not) or zip archive of these folders into `directory`, where they appear whole or not at all. InputError, naming the
-    member, for one that holds anything but files and directories inside these folders, or far more than its own size, before anything is written;
-    and for a damaged one."""
-    import gzip
-    import tarfile
-    import zipfile
-
-    waiting = directory / f".{archive.name}.unpacking"
-    most = 10 * archive.stat().st_size + 2**20  # of what the published ones hold: at most 4 times their own size (MNIST-C)
-    try:
-        is_zip = zipfile.is_zipfile(archive)
-        with open(archive, "rb") as stream:
-            is_gzip = not is_zip and stream.read(2) == b"\x1f\x8b"
-        if is_gzip:  # tarfile reads long names whole: to look through the archive would do
-            held = 0
-            with gzip.open(archive) as stream:
-                while chunk := stream.read(2**20):
-                    held += len(chunk)
-                    if held > most:
-                        raise InputError(f"{archive} unpacks to more than {most:,} bytes: nothing was unpacked; remove the archive")
-        with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive, "r:gz" if is_gzip else "r:") as opened:
-            held = 0
-            for member in opened.infolist() if is_zip else opened:
-                name, size = (member.filename, member.file_size) if is_zip else (member.name, member.size)
-                inside = os.path.normpath(name).split(os.sep)[0] in members and ".." not in Path(name).parts
-                kind = member.external_attr >> 28 if is_zip else 0  # of a zip's member made on Unix: 8 a file, 4 a directory, 10 a link
-                plain = kind in (0, 4, 8) if is_zip else (member.isfile() or member.isdir()) and not member.issparse()
-                if not inside or not plain:
-                    allowed = f"{members[0]}/" if len(members) == 1 else f"one of {', '.join(members)}"
-                    raise InputError(f"{archive} holds {name!r}, which is no file in {allowed}: nothing was unpacked; remove the archive")
-                held += size
-                if size < 0 or held > most:  # before tarfile looks for the next one behind it
-                    raise InputError(f"{archive} holds {name!r} of {size:,} bytes, too many for it: nothing was unpacked; remove the archive")
-            free = shutil.disk_usage(directory).free
-            if held > free:
-                raise InputError(f"{archive} holds {held:,} bytes, but {directory} has room for {free:,}: make room, and the same command goes on")
-            shutil.rmtree(waiting, ignore_errors=True)
-            opened.extractall(waiting, **({"filter": "data"} if not is_zip and hasattr(tarfile, "data_filter") else {}))  # since Python 3.11.4
-        for member in members:
-            if not (directory / member).exists():  # some were there before
-                os.replace(waiting / member, directory / member)
-    except InputError:
-        raise
-    except Exception as error:  # of the archive, its compression, the disk: each library has errors of its own
-        raise InputError(f"{archive} cannot be unpacked ({error}): remove it, and get it again") from error
-    finally:
-        shutil.rmtree(waiting, ignore_errors=True)
-
-
 def train_classifier(
     name: str, machine: "Machine", data_root: str | Path = "data", epochs: int = 30, batch_size: int = 50, dataset: str = "digits"
 ) -> nn.Module:
@@ -3268,6 +2978,8 @@ def table_cells(results: dict) -> Iterator[tuple[str, str, str, float]]:
             continue
         if isinstance(value, (int, float)):
             yield section, method, name, value
+        elif name == "controller" and value["entropy_last"] is not None:
+            yield section, method, "entropy_last", value["entropy_last"]
         elif name in ("corruptions", "shifted") and isinstance(value, dict):
             for key in value if name == "shifted" else [key for key in value if key.startswith("mean")]:
                 yield section, method, f"{name} {key}", value[key]
@@ -3327,6 +3039,307 @@ def mean_and_std(values: list[float]) -> str:
         return ""
     spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
     return f"{np.mean(values):.2f}{spread}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files from elsewhere: published checkpoints, downloads, archives, CIFAR's pickles
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Published(NamedTuple):
+    url: str
+    file: str  # its name under weights/
+    dataset: str
+    model: str
+
+
+def on_drive(identity: str) -> str:
+    """The address of a public file on Google Drive; confirm=t: without the page that says it was not scanned for viruses."""
+    return f"https://drive.usercontent.google.com/download?id={identity}&export=download&confirm=t"
+
+
+GAME_OF_NOISE = "https://github.com/bethgelab/game-of-noise/releases/download/v1.0/"
+
+# Checkpoints that others published, by the names that --weights and --download take; weights/README.md says what each of them scores.
+PUBLISHED_WEIGHTS = {
+    # GrETTA (Wang, Yang & Lin; github.com/agil27/GrETTA): classifiers trained with AugMix, and the students distilled from them
+    "gretta-resnext": Published(on_drive("13WhxEVrh23cV22URtAuJytBgG2cvgP0h"), "gretta-resnext.pth", "cifar100", "resnext"),
+    "gretta-wideresnet": Published(on_drive("19fHZG4ZVcli0L8nmXCdf8YZvu6wHwHFx"), "gretta-wideresnet.pth", "cifar100", "wideresnet"),
+    "gretta-resnext-student": Published(on_drive("1MQs0Vx4Mjv6w5Rs5Qnr31YrLy6xTNMJj"), "gretta-resnext-student.pth", "cifar100", "student"),
+    "gretta-wideresnet-student": Published(on_drive("1ycNtxRtewRs81myG6Hn3YI9ds2aufM_p"), "gretta-wideresnet-student.pth", "cifar100", "student"),
+    # AugMix (Hendrycks et al. 2020), as RobustBench (github.com/RobustBench/robustbench) keeps it
+    "robustbench-cifar10-resnext": Published(on_drive("1uGP3nZbL3LC160kOsxwkkt6tDd4qbZT1"), "robustbench-cifar10-resnext.pt", "cifar10", "resnext"),
+    "robustbench-cifar10-wideresnet": Published(
+        on_drive("1wy7gSRsUZzCzj8QhmTbcnwmES_2kkNph"), "robustbench-cifar10-wideresnet.pt", "cifar10", "wideresnet"
+    ),
+    "robustbench-cifar100-resnext": Published(
+        on_drive("1ocnHbvDdOBLvgNr6K7vEYL08hUdkD1Rv"), "robustbench-cifar100-resnext.pt", "cifar100", "resnext"
+    ),
+    "robustbench-cifar100-wideresnet": Published(
+        on_drive("1XpFFdCdU9LcDtcyNfo6_BV1RZHKKkBVE"), "robustbench-cifar100-wideresnet.pt", "cifar100", "wideresnet"
+    ),
+    # Game of Noise (Rusak et al. 2020; github.com/bethgelab/game-of-noise)
+    "ANT": Published(GAME_OF_NOISE + "ANT_Model.pth", "ANT_Model.pth", "imagenet", "resnet50"),
+    "ANT+SIN": Published(GAME_OF_NOISE + "ANT_SIN_Model.pth", "ANT_SIN_Model.pth", "imagenet", "resnet50"),
+    "ANT3x3": Published(GAME_OF_NOISE + "ANT3x3_Model.pth", "ANT3x3_Model.pth", "imagenet", "resnet50"),
+    "ANT3x3+SIN": Published(GAME_OF_NOISE + "ANT3x3_SIN_Model.pth", "ANT3x3_SIN_Model.pth", "imagenet", "resnet50"),
+    "Speckle": Published(GAME_OF_NOISE + "Speckle_Model.pth", "Speckle_Model.pth", "imagenet", "resnet50"),
+    "Gauss_mult": Published(GAME_OF_NOISE + "Gauss_mult_Model.pth", "Gauss_mult_Model.pth", "imagenet", "resnet50"),
+    "Gauss_sigma_0.5": Published(GAME_OF_NOISE + "Gauss_sigma_0.5_Model.pth", "Gauss_sigma_0.5_Model.pth", "imagenet", "resnet50"),
+}
+
+
+def default_checkpoint(dataset: str, model: str) -> str | None:
+    """The name of the published AugMix classifier for a CIFAR set; None where there is none."""
+    names = [name for name, published in PUBLISHED_WEIGHTS.items() if (published.dataset, published.model) == (dataset, model)]
+    return names[0] if names and dataset.startswith("cifar") and model != "student" else None  # GrETTA's own before RobustBench's
+
+
+def find_checkpoint(given: str, machine: "Machine", dry_run: bool = False) -> Path | None:
+    """The file that --weights means: a name of PUBLISHED_WEIGHTS (see published_file), or a path, which is returned as it is."""
+    return published_file(given, machine, dry_run) if given in PUBLISHED_WEIGHTS else Path(given)
+
+
+def published_file(name: str, machine: "Machine", dry_run: bool = False) -> Path | None:
+    """The file of one of PUBLISHED_WEIGHTS, downloaded by rank 0 if it is missing. A dry run downloads nothing: None where it is missing."""
+    published = PUBLISHED_WEIGHTS[name]
+    file = WEIGHTS / published.file
+    if dry_run and not file.is_file():
+        if machine.is_main:
+            print(f"{name}: {file} is not there, and a dry run downloads nothing: the model stays untrained", flush=True)
+        return None
+    if machine.is_main:
+        download(published.url, file)
+        check_recorded(file)
+    machine.barrier()
+    return file
+
+
+def check_recorded(file: Path) -> None:
+    """Record the file's sha256 in sha256.json beside it, {file name: hex}, or compare it with the one that is there.
+
+    For files without a published checksum: what was used first is what is used later. Raises InputError for a file that differs.
+    """
+    record = file.with_name("sha256.json")
+    try:
+        known = json.loads(record.read_text()) if record.is_file() else {}
+        recorded = known.get(file.name)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{record} does not hold checksums by file name ({error}): remove it, and they are recorded anew") from error
+    found = file_hash(file, "sha256")
+    if recorded is None:
+        write_json(record, known | {file.name: found})
+    elif found != recorded:
+        raise InputError(
+            f"{file} has sha256 {found}, but {record} recorded {recorded} when it was first used: "
+            f"remove {file} to fetch it again, or its line in {record} if the change was meant"
+        )
+
+
+def load_checkpoint(model: nn.Module, given: str, machine: "Machine", dry_run: bool = False) -> Path | None:
+    """Load the checkpoint that find_checkpoint finds into `model` and return its file; None: a dry run left the model untrained."""
+    file = find_checkpoint(given, machine, dry_run)
+    if file is not None:
+        load_weights(model, file)
+    return file
+
+
+def download(url: str, file: Path, sha256_prefix: str | None = None, md5: str | None = None) -> Path:
+    """Fetch `url` to `file` unless it is there. The file appears whole or not at all; InputError says what went wrong, and what to do.
+
+    A server that answers with a page (Google Drive, when many asked for a file or it is gone) is refused before anything is written. What came before a connection broke off waits in `<file>.part`, and the next call goes on from there where the server can (a Range request).
+    sha256_prefix (the first digits of the checksum, as in torchvision's file names) or md5: a file of another checksum is removed.
+    """
+    if file.is_file():
+        return file
+    from tqdm import tqdm
+
+    part = file.with_name(f"{file.name}.part")
+    try:
+        held = part.stat().st_size if part.is_file() else 0
+        print(f"downloading {url} to {file}" + (f", from byte {held:,} on" if held else ""), flush=True)
+        with open_url(url, held) as answer:
+            held = held if answer.status == 206 else 0  # 200: the server sends the whole of it
+            size = held + int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
+            chunk = answer.read(2**20)
+            if answer.headers.get_content_type() == "text/html" or (not held and chunk[:100].lstrip().startswith(b"<")):
+                raise InputError(f"{url} answered with a page, not the file (quota?): fetch it in a browser and put it at {file}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with (
+                open(part, "ab" if held else "wb") as stream,
+                tqdm(total=size, initial=held, unit="B", unit_scale=True, desc=file.name, disable=None) as bar,
+            ):
+                while chunk:
+                    stream.write(chunk)
+                    bar.update(len(chunk))
+                    chunk = answer.read(2**20)
+        if size is not None and part.stat().st_size != size:
+            raise OSError(f"the connection broke off after {part.stat().st_size:,} of {size:,} bytes; the same command goes on from there")
+        for name, wanted in (("sha256", sha256_prefix), ("md5", md5)):
+            found = file_hash(part, name) if wanted else ""
+            if wanted and not found.startswith(wanted):
+                part.unlink()
+                raise OSError(f"its {name} is {found}, not {wanted}…, so it was removed")
+        os.replace(part, file)
+    except InputError:
+        raise
+    except (OSError, ValueError, http.client.HTTPException) as error:  # no network, no such file, another checksum
+        raise InputError(f"cannot download {url} ({error}): try again, or put the file at {file} yourself") from error
+    return file
+
+
+def file_hash(file: Path, name: str) -> str:
+    """A file's "md5" or "sha256", in hexadecimal digits."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, name).hexdigest()
+
+
+def open_url(url: str, held: int) -> http.client.HTTPResponse:
+    """The server's answer for a file of which the first `held` bytes are here; a server that knows no more of it sends the whole."""
+    headers = {"User-Agent": "CleanAug"}
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers | ({"Range": f"bytes={held}-"} if held else {})), timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # range not satisfiable
+            raise
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
+
+
+def how_to_get(name: str, data_root: str | Path, damaged: Path | None = None) -> str:
+    """The command and the address that get one of ARCHIVES; what is `damaged` must be removed before, or it would be taken for whole."""
+    root = "" if str(data_root) == "data" else f" --data-root {data_root}"
+    target, files = ARCHIVES[name]
+    address = next((url for url, _, _ in files if damaged is not None and damaged.name.startswith(Path(url).stem)), files[0][0])
+    remove = f"remove {damaged} and " if damaged is not None and damaged.exists() else ""
+    return f"{remove}get it with python common.py --download {name}{root}, or unpack {address} in {Path(data_root) / target}"
+
+
+def fetch(name: str, data_root: str | Path) -> Path:
+    """Download and unpack what is missing of one of ARCHIVES, and return its folder. An archive is removed once it is unpacked. InputError for
+    what cannot be had: what was downloaded so far waits for the next call."""
+    target, files = ARCHIVES[name]
+    directory = Path(data_root) / target
+    for url, md5, members in files:
+        if all((directory / member).exists() or (name == "mnist" and mnist_file(member, data_root).is_file()) for member in members):
+            continue
+        packed = Path(url).name not in members
+        try:
+            file = download(url, directory / Path(url).name, md5=md5)
+        except InputError as error:
+            raise InputError(f"{directory / members[0]} is missing: {error}") from error
+        if packed:
+            unpack(file, directory, members)
+            file.unlink()
+    return directory / files[0][2][0] if len(files) == 1 else directory
+
+
+def unpack(archive: Path, directory: Path, members: list[str]) -> None:
+    """Unpack a tar (gzipped or not) or zip archive of these folders into `directory`, where they appear whole or not at all. InputError, naming the
+    member, for one that holds anything but files and directories inside these folders, or far more than its own size, before anything is written;
+    and for a damaged one."""
+    import gzip
+    import tarfile
+    import zipfile
+
+    waiting = directory / f".{archive.name}.unpacking"
+    most = 10 * archive.stat().st_size + 2**20  # of what the published ones hold: at most 4 times their own size (MNIST-C)
+    try:
+        is_zip = zipfile.is_zipfile(archive)
+        with open(archive, "rb") as stream:
+            is_gzip = not is_zip and stream.read(2) == b"\x1f\x8b"
+        if is_gzip:  # tarfile reads long names whole: to look through the archive would do
+            held = 0
+            with gzip.open(archive) as stream:
+                while chunk := stream.read(2**20):
+                    held += len(chunk)
+                    if held > most:
+                        raise InputError(f"{archive} unpacks to more than {most:,} bytes: nothing was unpacked; remove the archive")
+        with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive, "r:gz" if is_gzip else "r:") as opened:
+            held = 0
+            for member in opened.infolist() if is_zip else opened:
+                name, size = (member.filename, member.file_size) if is_zip else (member.name, member.size)
+                inside = os.path.normpath(name).split(os.sep)[0] in members and ".." not in Path(name).parts
+                kind = member.external_attr >> 28 if is_zip else 0  # of a zip's member made on Unix: 8 a file, 4 a directory, 10 a link
+                plain = kind in (0, 4, 8) if is_zip else (member.isfile() or member.isdir()) and not member.issparse()
+                if not inside or not plain:
+                    allowed = f"{members[0]}/" if len(members) == 1 else f"one of {', '.join(members)}"
+                    raise InputError(f"{archive} holds {name!r}, which is no file in {allowed}: nothing was unpacked; remove the archive")
+                held += size
+                if size < 0 or held > most:  # before tarfile looks for the next one behind it
+                    raise InputError(f"{archive} holds {name!r} of {size:,} bytes, too many for it: nothing was unpacked; remove the archive")
+            free = shutil.disk_usage(directory).free
+            if held > free:
+                raise InputError(f"{archive} holds {held:,} bytes, but {directory} has room for {free:,}: make room, and the same command goes on")
+            shutil.rmtree(waiting, ignore_errors=True)
+            opened.extractall(waiting, **({"filter": "data"} if not is_zip and hasattr(tarfile, "data_filter") else {}))  # since Python 3.11.4
+        for member in members:
+            if not (directory / member).exists():  # some were there before
+                os.replace(waiting / member, directory / member)
+    except InputError:
+        raise
+    except Exception as error:  # of the archive, its compression, the disk: each library has errors of its own
+        raise InputError(f"{archive} cannot be unpacked ({error}): remove it, and get it again") from error
+    finally:
+        shutil.rmtree(waiting, ignore_errors=True)
+
+
+class PickledArray:
+    """What a pickle says of an array, none of which numpy is trusted with: it would follow pointers in the bytes of an object array."""
+
+    def __init__(self, *content: object):
+        self.content = content
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, tuple) and len(state) == 5:  # of an array: version, shape, type, Fortran order, bytes
+            self.content = (state[4], state[2], state[1], state[3])
+
+    def pixels(self) -> np.ndarray:
+        """The array, if it is of uint8."""
+        content, kind, shape, fortran = self.content
+        if not isinstance(kind, PickledArray) or kind.content[0] not in ("u1", "uint8"):
+            raise ValueError("its data is not uint8")
+        content = content.encode("latin1") if isinstance(content, str) else content  # pickled by Python 2
+        return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran in (True, "F") else "C").copy()
+
+
+class CifarUnpickler(pickle.Unpickler):
+    """Unpickles dicts, lists and strings, and arrays as PickledArray; whatever else a pickle names is refused, so no code in it is ever run."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if module.startswith("numpy") and name in ("_reconstruct", "_frombuffer", "ndarray", "dtype"):
+            return PickledArray
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 pickles bytes for Python 2
+            return encode_latin1
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and no code is unpickled")
+
+
+def encode_latin1(text: str, *_: object) -> bytes:
+    return text.encode("latin1")
+
+
+def unpickle_cifar(content: bytes) -> dict:
+    """What one of CIFAR's pickles holds. Raises ValueError, before anything is unpickled, for one built to use up memory or time."""
+    made, kept, memo = 0, set(), 0  # tuples made, the numbers they are kept under, how many numbers there are
+    last = ""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        name = opcode.name
+        made += name.startswith("TUPLE")
+        number = memo if name == "MEMOIZE" else argument
+        if "PUT" in name or name == "MEMOIZE":
+            memo += 1
+            kept |= {number} if last.startswith("TUPLE") else set()
+        # CIFAR's pickles take a third of these steps, and have some ten tuples that occur once: to hash one within another within another, each
+        # twice, would take for ever. A large number of a PUT would make the unpickler allocate room for all those below it.
+        strange = name in ("DUP", "FROZENSET") or ("PUT" in name and number > len(content)) or ("GET" in name and number in kept)
+        if strange or made > 40 or count > 2**20:
+            raise ValueError(f"{name} at step {count}: not as CIFAR is pickled")
+        last = name
+    return CifarUnpickler(io.BytesIO(content), encoding="latin1").load()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As a program
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
