@@ -568,7 +568,7 @@ def check_classes(directory: str | Path, classes: list[str], expected: list[str]
     for name in classes:
         count = sum(file.lower().endswith(IMAGE_SUFFIXES) and file[0] != "." for file in os.listdir(Path(directory) / name))
         if count == 0:
-            raise InputError(f"{Path(directory) / name} is empty: copy or unpack it again")
+            raise InputError(f"{Path(directory) / name} holds no pictures: copy or unpack it again")
         total += count
     return total
 

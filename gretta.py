@@ -1196,7 +1196,7 @@ def main() -> None:
         weights = common.load_pretrained(classifier, args.model, args.dataset, machine, args.data_root, args.dry_run)
     classifier.to(machine.device, memory_format=machine.weight_layout)
     black_box = BlackBox(classifier, machine, args.est == "whitebox")
-    query_batch = args.query_batch or common.forward_chunk(classifier, sets.size, machine)
+    query_batch = args.query_batch or (machine.chunk(sets.size, sets.size) if args.blackbox else common.forward_chunk(classifier, sets.size, machine))
     policy = Policy(args.policy, num_levels, args.sigmoid, args.init).to(machine.device)
     optimizer = OPTIMIZERS[args.opt](policy.parameters(), lr=args.lr)
     scaler = common.grad_scaler(machine)

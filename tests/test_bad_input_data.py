@@ -211,7 +211,7 @@ def test_folders_whose_classes_differ(refuses, tmp_path):
     shutil.rmtree(tmp_path / "test/fox")
     (tmp_path / "train/dog").rename(tmp_path / "test/dog")
     (tmp_path / "train/dog").mkdir()
-    refuses("advaa", "--dataset", "folder", names=(tmp_path / "train/dog", "is empty"))
+    refuses("advaa", "--dataset", "folder", names=(tmp_path / "train/dog", "holds no pictures"))
     (tmp_path / "train/dog/notes.txt").write_text("no picture")
     refuses("advaa", "--dataset", "folder", names=(tmp_path / "train/dog", "holds no pictures"))
 

@@ -130,7 +130,7 @@ def test_no_imagenet_at_all(tmp_path, refuses):
 
 def test_an_empty_class_folder_of_imagenet_c_is_found_before_training(imagenet, refuses):
     (imagenet / "imagenet-c" / "jpeg_compression" / "5" / "dog" / "picture.JPEG").unlink()
-    refuses(*folders(imagenet), names=(imagenet / "imagenet-c" / "jpeg_compression" / "5" / "dog", "is empty"))
+    refuses(*folders(imagenet), names=(imagenet / "imagenet-c" / "jpeg_compression" / "5" / "dog", "holds no pictures"))
 
 
 @pytest.mark.parametrize("missing", ["fog", "fog/3", "jpeg_compression/5/dog"])

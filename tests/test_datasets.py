@@ -591,7 +591,7 @@ def test_what_is_no_picture_does_not_count(tmp_path):
     for file in (tmp_path / "b").iterdir():
         file.unlink()
     (tmp_path / "b" / ".DS_Store").write_bytes(b"x")
-    with pytest.raises(common.InputError, match="b is empty"):
+    with pytest.raises(common.InputError, match="b holds no pictures"):
         common.check_classes(tmp_path, ["a", "b"], ["a", "b"], tmp_path)
 
 

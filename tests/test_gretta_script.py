@@ -190,7 +190,8 @@ def test_the_classifier_is_a_black_box_and_queries_are_what_it_was_shown(est, tm
     monkeypatch.setattr(
         common, "load_weights", lambda model, file: load(getattr(model, "model", model) if isinstance(model, Watched) else model, file)
     )
-    for module, name in ((gretta, "evaluate_predictors"), (gretta, "draw_examples"), (common, "evaluate"), (common, "check_input_size")):
+    outside = ((gretta, "evaluate_predictors"), (gretta, "draw_examples"), (common, "evaluate"), (common, "check_input_size"))
+    for module, name in (*outside, (common, "forward_chunk")):
         monkeypatch.setattr(module, name, not_training(getattr(module, name)))
     directory = tmp_path / "run"
     arguments = [
