@@ -25,8 +25,8 @@ import argparse
 import contextlib
 import gc
 import importlib
+import io
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -412,7 +412,7 @@ def cpu_cases(quick: bool = False) -> dict[str, Case]:
     for policy in ("none", "trivial"):
         cases[f"training, --policy {policy}"] = Case("advaa", f"--policy {policy}", "wideresnet", 10, 32, "cifar10", 128, 1)
     for M in (1, 2, 4, 16):
-        cases[f"growth, advaa M={M}"] = Case("advaa", "", "wideresnet", 10, 32, "cifar10", 16, M, quick=False)
+        cases[f"growth, advaa M={M}"] = Case("advaa", "--reward moving" if M == 1 else "", "wideresnet", 10, 32, "cifar10", 16, M, quick=False)
     for P in (3, 6, 24):
         cases[f"growth, gretta P={P}"] = Case("gretta", "", "wideresnet", 100, 32, "cifar100", 16, P, quick=False)
     for batch in (8, 32):
@@ -435,7 +435,7 @@ def cuda_cases() -> dict[str, Case]:
     for policy in ("none", "trivial"):
         cases[f"training, --policy {policy}"] = Case("advaa", f"--policy {policy}", "wresnet28_10", 10, 32, "cifar10", 128, 1)
     for M in (1, 2, 4, 16):
-        cases[f"growth, advaa M={M}"] = Case("advaa", "", "wresnet28_10", 10, 32, "cifar10", 128, M, quick=False)
+        cases[f"growth, advaa M={M}"] = Case("advaa", "--reward moving" if M == 1 else "", "wresnet28_10", 10, 32, "cifar10", 128, M, quick=False)
     for P in (3, 6, 24):
         cases[f"growth, gretta P={P}"] = Case("gretta", "", "wideresnet", 100, 32, "cifar100", 256, P, quick=False)
     for batch in (64, 128, 512):
@@ -483,14 +483,19 @@ def run_main(script: str, flags: str, device: torch.device, timer: Timer) -> Non
     handle = register_optimizer_step_post_hook(timer)
     argv, sys.argv = sys.argv, [str(ROOT / f"{script}.py"), *flags.split(), "--device", device.type, "--data-root", str(ROOT / "data")]
     try:
-        with tempfile.TemporaryDirectory() as directory, open(os.devnull, "w") as nowhere:
+        with tempfile.TemporaryDirectory() as directory, io.StringIO() as said:
             sys.argv += ["--run-dir", directory + "/run"]
-            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 try:
                     module.main()
-                    raise SystemExit(f"{script} {flags}: ended after {timer.seen} steps, before enough were timed")
+                    reason = f"ended after {timer.seen} steps, before enough were timed"
                 except Done:
+                    reason = ""
                     common.close_bars()
+                except SystemExit:  # refused in one line
+                    reason = said.getvalue().strip().rpartition("\n")[2]
+            if reason:
+                raise SystemExit(f"{script} {flags}: {reason}")
     finally:
         handle.remove()
         sys.argv = argv
