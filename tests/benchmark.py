@@ -1,6 +1,6 @@
 """How far each script's step is from the limit of its machine.
 
-    python tests/benchmark.py                       # this machine's CPU, or GPU where there is one; some 20 minutes on 2 cores
+    python tests/benchmark.py                       # this machine's CPU, or GPU where there is one; some 40 minutes on 2 cores
     python tests/benchmark.py --quick --json FILE   # fewer cases and repeats, within 5 minutes
     python tests/benchmark.py --only advaa          # the cases whose names hold this word
 
