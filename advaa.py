@@ -106,13 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--run-dir", "--logdir", dest="run_dir", metavar="DIR", help="where the run is written (default: runs/advaa/…)")
     add("--resume", action="store_true", help="continue what --run-dir holds")
     add("--checkpoint-every", type=number(int, 1), default=10, metavar="EPOCHS", help="epochs between checkpoints")
-    add(
-        "--checkpoint-minutes",
-        type=number(float, 0, open_low=True),
-        default=10.0,
-        metavar="MINUTES",
-        help="minutes between checkpoints within an epoch",
-    )
+    add("--checkpoint-minutes", type=number(float, 0, open_low=True), default=10.0, metavar="MINUTES", help="between checkpoints within an epoch")
     add("--log-every", type=number(int, 1), default=10, metavar="STEPS", help="steps between lines of log.jsonl")
     add("--load-conf", metavar="FILE", help="defaults from the args.json of an earlier run, or any JSON of flags")
     add(

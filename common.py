@@ -631,9 +631,8 @@ class Folder(torch.utils.data.Dataset):
     def batches(self, items: Iterable[list[tuple[int, int | None]]], workers: int, machine: "Machine") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches of items as uint8 images (b, 3, size, size) and labels (b,) or (b, L), on the device."""
         ahead = {"prefetch_factor": 4, "worker_init_fn": leave_signals} if workers else {}
-        # With a generator of its own the loader draws nothing from torch's, whose state is part of a run.
-        pinned = {"pin_memory": machine.device.type == "cuda", "generator": torch.Generator()}
-        loader = torch.utils.data.DataLoader(self, batch_sampler=items, num_workers=workers, **pinned, **ahead)
+        pinned, own = machine.device.type == "cuda", torch.Generator()  # else it would draw from torch's, whose state is part of a run
+        loader = torch.utils.data.DataLoader(self, batch_sampler=items, num_workers=workers, pin_memory=pinned, generator=own, **ahead)
         try:
             for images, labels in loader:
                 images, labels = images.to(machine.device, non_blocking=True), labels.to(machine.device, non_blocking=True)
@@ -2531,10 +2530,10 @@ def forward_chunk(model: nn.Module, size: int, machine: Machine) -> int:
 
 
 @torch.no_grad()
-def predict_logits(model: Callable, images: torch.Tensor, machine: Machine, chunk: int | None = None) -> torch.Tensor:
+def predict_logits(model: Callable, images: torch.Tensor, machine: Machine) -> torch.Tensor:
     """Logits (N, classes) float32 of uint8 images (N, 3, H, W), each image on one rank exactly once, in chunks. `model` maps [0, 1] images to logits."""
     logits = []
-    for part in machine.own_rows(images).split(chunk or machine.chunk(*images.shape[2:])):
+    for part in machine.own_rows(images).split(machine.chunk(*images.shape[2:])):
         with machine.autocast():
             batch = to_float(part.to(machine.device)).contiguous(memory_format=torch.channels_last)
             logits.append(model(batch).float())
@@ -2985,7 +2984,7 @@ def table_cells(results: dict) -> Iterator[tuple[str, str, str, float]]:
                 yield section, method, f"{name} {key}", value[key]
 
 
-def table(directories: list[str | Path], by: list[str] = ()) -> str:
+def table(directories: list[str | Path], by: Sequence[str] = ()) -> str:
     """A Markdown table per script, data set and model: rows are methods, columns figures, cells mean ± std over the runs' seeds.
 
     by: settings (as args.json names them) whose values tell runs of one method apart: a row for each.

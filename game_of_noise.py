@@ -12,7 +12,7 @@ The generator never sees the image. Gaussian and speckle noise are the baselines
     python game_of_noise.py -e --model-name ANT3x3+SIN --datadir-clean IMAGENET --imagenetc-path IMAGENET_C      # a published model
     torchrun --nproc_per_node 2 game_of_noise.py --mode ANT
 
-Reaches, on digits (accuracy in % on the 600 clean test digits, on digits-C, and ε*; seeds 0-2, two CPU cores, 115 s a run): clean 99.7, 87.4, 9.3;
+Reaches, on digits (accuracy in % on the 600 clean test digits, on digits-C, and ε*; seeds 0-2, two CPU cores): clean 99.7, 87.4, 9.3;
 Gauss_single 99.3 ± 0.3, 93.2 ± 0.2, 8.8 ± 0.2; ANT 99.0 ± 0.2, 95.0 ± 0.6, 14.0 ± 0.2; ANT3x3 99.1 ± 0.2, 95.9 ± 0.1, 14.0 ± 0.4.
 
 Differs from the published code: the generator that is trained is the one that the classifier meets, earlier ones are replayed from memory, the
@@ -130,13 +130,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--run-dir", metavar="DIR", help="where the run is written (default: runs/game_of_noise/…)")
     add("--resume", action="store_true", help="continue what --run-dir holds")
     add("--checkpoint-every", type=number(int, 1), default=1, metavar="EPOCHS", help="epochs between checkpoints")
-    add(
-        "--checkpoint-minutes",
-        type=number(float, 0, open_low=True),
-        default=10.0,
-        metavar="MINUTES",
-        help="minutes between checkpoints within an epoch",
-    )
+    add("--checkpoint-minutes", type=number(float, 0, open_low=True), default=10.0, metavar="MINUTES", help="between checkpoints within an epoch")
     add("--log-every", type=number(int, 1), default=10, metavar="STEPS", help="steps between lines of log.jsonl")
     add("--load-conf", metavar="FILE", help="defaults from the args.json of an earlier run, or any JSON of flags")
     add(
@@ -146,7 +140,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         const=True,
         default=False,
         type=common.boolean,
-        help="only evaluate: the run in --run-dir, --weights, or the model named by --model-name; also writes Results/<model>_evaluation_results.txt",
+        help="only evaluate: the run in --run-dir, --weights, or the model named by --model-name; also writes Results/<method>_evaluation_results.txt",
     )
     add("--model-name", choices=MODEL_NAMES, help="what to evaluate: clean, or (imagenet) a model published with the paper (default: clean)")
     add("--dry-run", action="store_true", help="one small step of every phase, same outputs; downloads nothing")

@@ -16,7 +16,7 @@ Reaches, when 20 % of the target domain train the policy (modified digits, 2,980
 resnext 63.4 → 94.8 ± 0.3 (vanilla), 95.1 ± 0.5 (surrogate), 93.0 ± 0.6 (whitebox); wideresnet 73.9 → 96.5 ± 1.0, 96.7 ± 0.4, 97.2 ± 0.1.
 
 Differs from the paper's code: a loss difference per image and perturbation instead of one per batch, the policy in eval mode when tested,
-contrast about the mean, one warp for all geometric transforms, levels clipped to [0, 1]. README.md has the whole list.
+contrast about the mean, one warp for all geometric transforms. README.md has the whole list.
 """
 
 import argparse
@@ -89,13 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="EPOCHS",
         help="epochs between checkpoints, and points of the curves (default: a tenth of the run)",
     )
-    add(
-        "--checkpoint-minutes",
-        type=number(float, 0, open_low=True),
-        default=10.0,
-        metavar="MINUTES",
-        help="minutes between checkpoints within an epoch",
-    )
+    add("--checkpoint-minutes", type=number(float, 0, open_low=True), default=10.0, metavar="MINUTES", help="between checkpoints within an epoch")
     add("--log-every", type=number(int, 1), default=10, metavar="STEPS", help="steps between lines of log.jsonl")
     add("--load-conf", metavar="FILE", help="defaults from the args.json of an earlier run, or any JSON of flags")
     add(
@@ -414,7 +408,7 @@ def true_gradient(loss: Callable, levels: torch.Tensor, chunk: int) -> torch.Ten
     return torch.cat(gradients)
 
 
-def consistency_loss(policy: nn.Module, images: torch.Tensor, levels: torch.Tensor, transform: str) -> torch.Tensor:
+def consistency_loss(policy: Callable, images: torch.Tensor, levels: torch.Tensor, transform: str) -> torch.Tensor:
     """Mean squared deviation, per image (B,), of π(T(x, u)) from π(x) − (u − 0.5): a copy moved by u asks for that much less.
 
     levels: the u that are applied, (B, K).
@@ -943,12 +937,12 @@ def read_folder(folder: str, size: int, dataset: str = "digits") -> tuple[list[P
     for file in files:
         try:
             if dataset in ("imagenet", "folder", "chexpert"):
-                images.append(torch.from_numpy(np.asarray(common.read_picture(str(file), size, 256)).copy()).permute(2, 0, 1))
-                continue
-            with common.open_picture(file) as image:
-                # Bicubic, as a large photograph is shrunk to 32 px or so: Pillow's antialiases, and keeps edges sharper than bilinear.
-                fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-                images.append(torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1))
+                picture = common.read_picture(str(file), size, 256)
+            else:
+                with common.open_picture(file) as image:
+                    # Bicubic, as a large photograph is shrunk to 32 px or so: Pillow's antialiases, and keeps edges sharper than bilinear.
+                    picture = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            images.append(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1))
         except Exception as error:  # a damaged picture raises whatever its decoder meets
             raise InputError(f"--predict: {file} is not a readable image ({error}): remove it from the folder") from error
     return files, torch.stack(images)
@@ -1140,7 +1134,8 @@ def main() -> None:
     if use_policy and not args.weights_policy and not args.run_dir:
         raise InputError("--evaluate needs a trained policy: name its run with --run-dir, or its file with --weights-policy")
 
-    if use_policy and not args.weights_policy and common.has_checkpoint(args.run_dir):
+    in_place = use_policy and not args.weights_policy  # the run's own directory is evaluated again, or predicts
+    if in_place and common.has_checkpoint(args.run_dir):
         instead = "evaluate it with --weights-policy RUN_DIR/checkpoint.pt"
         names = ("dataset", "model", "train_on", "proportion", "target_split", "transform", "policy", "sigmoid", "uncertain", "steps")
         common.check_in_place(Path(args.run_dir), args, names, instead)
@@ -1207,7 +1202,7 @@ def main() -> None:
 
     # What a run cannot change when it is continued: the meaning of its history, its place in the schedule, its images.
     names = ("dataset", "model", "est", "seed", "policy", "sigmoid", "transform", "train_on", "proportion", "target_split", "uncertain", "reg")
-    names += ("opt", "lr", "epochs", "batch_size", "num_samples", "credit")
+    names += ("opt", "epochs", "batch_size", "num_samples", "credit")
     fixed = {name: getattr(args, name) for name in names}
 
     # The run's directory, and what it holds already.
@@ -1218,18 +1213,18 @@ def main() -> None:
         saved = common.load_tensors(args.weights_policy, advice) if args.weights_policy else common.read_checkpoint(directory, advice)
         common.load_content(policy, saved, args.weights_policy or directory / "checkpoint.pt")
         saved = saved if "history" in saved else None  # a bare state dict says nothing of its run
-        if saved is not None and args.weights_policy:
-            shape = {name: fixed[name] for name in ("transform", "policy", "sigmoid")}
-            common.check_unchanged(saved, shape, args.weights_policy)
     elif args.resume and common.has_checkpoint(args.run_dir):
         saved = common.read_checkpoint(args.run_dir, "remove the directory to start afresh")
         common.load_content(policy, saved, Path(args.run_dir) / "checkpoint.pt")
         if "optimizer" not in saved:
             raise InputError(f"{args.run_dir}/checkpoint.pt holds a policy but no run to continue: evaluate it with --evaluate")
-        common.check_unchanged(saved, fixed, Path(args.run_dir) / "checkpoint.pt")
     if saved is not None:
+        file = Path(args.weights_policy or Path(args.run_dir) / "checkpoint.pt")
         numbers = dict.fromkeys(("step", "epoch", "queries", "queries_distillation"), int)
-        common.check_run(saved, args.weights_policy or Path(args.run_dir) / "checkpoint.pt", **numbers, history=list, finished=bool)
+        common.check_run(saved, file, **numbers, history=list, finished=bool, fixed=dict)
+        # A trained policy is used as it was trained; a run goes on as it was begun.
+        compared = [name for name in ("transform", "policy", "sigmoid") if name in saved["fixed"]] if use_policy else fixed
+        common.check_unchanged(saved, {name: fixed[name] for name in compared}, file)
     if saved is not None and not use_policy and saved["finished"]:
         if args.export:
             raise InputError(f"{args.run_dir} holds a finished run: write --export {args.export} with --evaluate instead of --resume")
@@ -1239,7 +1234,6 @@ def main() -> None:
             with common.reading_run(Path(args.run_dir) / "results.json", "evaluate the run again with --evaluate"):
                 print_results(results, Path(args.run_dir))
         return
-    in_place = use_policy and directory is not None and not args.weights_policy
     if not in_place:
         directory = common.run_directory(SCRIPT, vars(args), args.est, machine)
     arguments = vars(args) | {"run_dir": str(directory)}
@@ -1293,6 +1287,10 @@ def main() -> None:
         state |= {"totals": machine.all_rows(totals.clone()[None]), "random_states": common.random_states(machine), "finished": False}
         return state | {"step": step, "epoch": epoch, "queries": queries, "queries_distillation": queries_distillation, "history": history}
 
+    def ask_policy(images: torch.Tensor) -> torch.Tensor:  # mixed precision is for the networks, not for the transforms
+        with machine.autocast():
+            return train_policy(images)
+
     evaluate = partial(evaluate_predictors, classifier, policy, transform=args.transform, machine=machine, workers=workers, dataset=args.dataset)
     val_none = 0.0 if use_policy else evaluate(sets.val, steps=1, names=("none",))["none"]["accuracy"]
     total_steps = args.epochs * steps_per_epoch
@@ -1314,8 +1312,7 @@ def main() -> None:
                 images = strong_augmentation(images, machine.own_rows(strong_draws(args.batch_size, generator)), has_colour(args.dataset))
             noise = torch.randn(args.batch_size, args.num_samples, num_levels + 1, generator=generator, device=machine.device)
             noise = machine.own_rows(noise).transpose(0, 1)  # (P, b, K + 1)
-            with machine.autocast():
-                levels = train_policy(images)  # (b, K)
+            levels = ask_policy(images)  # (b, K)
             loss = level_loss(black_box, images, labels, args.transform, query_batch, totals)
             if args.credit == "batch":
                 loss = shared_loss(loss, len(images), args.batch_size, machine)
@@ -1334,8 +1331,7 @@ def main() -> None:
                 rows = torch.randint(len(sets.reg), (args.batch_size,), generator=generator, device=machine.device)
                 applied = 0.25 + 0.5 * torch.rand(args.batch_size, num_levels, generator=generator, device=machine.device)
                 unlabelled = common.to_float(machine.own_rows(sets.reg[rows]))
-                with machine.autocast():
-                    consistency = consistency_loss(train_policy, unlabelled, machine.own_rows(applied), args.transform)
+                consistency = consistency_loss(ask_policy, unlabelled, machine.own_rows(applied), args.transform)
                 objective = objective + args.reg_weight * consistency.sum() * machine.world_size / args.batch_size
             totals[3] += objective.detach()
             optimizer.zero_grad()

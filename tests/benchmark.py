@@ -152,12 +152,12 @@ class Setting(NamedTuple):
 Make = Callable[[Setting, int], Work]  # the work of so many images
 
 
-def fastest(make: Make, settings: list[Setting], count: int, device: torch.device) -> Setting:
+def fastest(make: Make, settings: list[Setting], count: int, device: torch.device, repeats: int) -> Setting:
     """The setting that takes the least time for `count` images."""
     works = [make(setting, count) for setting in settings]
     for work in works:
         work()
-    times = [[seconds_of(work, device) for work in works] for _ in range(3)]
+    times = [[seconds_of(work, device) for work in works] for _ in range(repeats)]
     best = [min(column) for column in zip(*times)]
     return settings[best.index(min(best))]
 
@@ -259,9 +259,10 @@ def policy_pass(case: Case, device: torch.device) -> Make:
     return make
 
 
-def limit_of(case: Case, device: torch.device, tried: int) -> tuple[list[Setting], Work]:
-    """The least work that the case's step can be done with: its parts' settings, tried on so many images, and one call of all."""
+def limit_of(case: Case, device: torch.device, quick: bool) -> tuple[list[Setting], Work]:
+    """The least work that the case's step can be done with: its parts' settings, tried on some of the images, and one call of all."""
     settings = all_settings(device)
+    tried, repeats = (16, 2) if quick else (64, 3)
     if case.script == "gretta":
         parts = [(forward_pass(case, device), 2 * case.factor * case.batch, settings), (policy_pass(case, device), case.batch, settings)]
     elif case.script == "advaa":
@@ -269,11 +270,13 @@ def limit_of(case: Case, device: torch.device, tried: int) -> tuple[list[Setting
     else:
         affine = [setting._replace(affine=True) for setting in settings if device.type == "cpu"]
         parts = [(gradient_of_images(case, device), case.batch, settings + affine), (training_step(case, device), case.batch, settings)]
-    chosen = [fastest(make, choice, min(count, tried), device) for make, count, choice in parts]
+    chosen = [fastest(make, choice, min(count, tried), device, repeats) for make, count, choice in parts]
     if case.script == "gretta":
         make, count, _ = parts[0]
-        sizes = (8, 16, 32, 64, 128) if device.type == "cpu" else (4096, 16384)
-        chosen[0] = fastest(make, [chosen[0]] + [chosen[0]._replace(part=size) for size in sizes if size < count], count, device)
+        sizes = (16, 64) if quick else (8, 16, 32, 64, 128)
+        if device.type == "cuda":
+            sizes = (4096, 16384)
+        chosen[0] = fastest(make, [chosen[0]] + [chosen[0]._replace(part=size) for size in sizes if size < count], count, device, repeats)
     works = [make(setting, count) for setting, (make, count, _) in zip(chosen, parts)]
     return chosen, lambda: [work() for work in works]
 
@@ -453,7 +456,7 @@ def measure(case: Case, device: torch.device, quick: bool) -> dict:
             steps, rounds = (2, 3) if quick else (2, 7)
     else:
         steps, rounds, warm_up = (5, 4, 10) if quick else (10, 7, 20)
-    chosen, limit = limit_of(case, device, 16 if quick else 64)
+    chosen, limit = limit_of(case, device, quick)
     for _ in range(2):
         limit()
     timer = Timer(OPTIMIZERS[case.script], limit, device, steps, rounds, warm_up)

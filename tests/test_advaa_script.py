@@ -171,6 +171,8 @@ def test_transfer_and_collapse(run, tmp_path):
 def test_evaluate_repeats_the_figures(run, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(run, directory)
+    with pytest.raises(common.InputError, match="--dry-run would overwrite the results of"):
+        run_here("--evaluate", "--dry-run", "--run-dir", directory)
     run_here("--evaluate", "--run-dir", directory)
     assert without_times(results_of(directory)) == without_times(results_of(run))
     run_here("-e", "true", "--weights", run / "checkpoint.pt", "--eval-split", "val", "--run-dir", tmp_path / "again")

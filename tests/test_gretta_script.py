@@ -95,6 +95,8 @@ def test_evaluate_repeats_the_accuracy_and_applies_more_steps(run, tmp_path):
     for flags in refuse:  # the run's results are its own
         refused(run, "gretta.py", "--evaluate", "--run-dir", run, *flags, names=(f"{flags[0]} ", "would overwrite the results of", run))
     refused(run, "gretta.py", "-e", "--weights-policy", run / "checkpoint.pt", *SMALL, "--sigmoid", names=("--sigmoid was False",))
+    lower = run_script("gretta.py", *SMALL, "--seed", 3, "--resume", "--run-dir", run, "--lr", 1e-5)  # as is advised where a loss is not finite
+    assert "holds a finished run" in lower.stdout
     accuracy = results_of(tmp_path / "two")["accuracy"]
     assert accuracy["gretta_1"] == before["accuracy"]["gretta"] and accuracy["gretta_2"] == accuracy["gretta"]
 
@@ -268,6 +270,21 @@ def test_a_diverging_run_stops_and_keeps_the_last_checkpoint(tmp_path):
     done = run_script("gretta.py", *SMALL, "--beta", "1e38", "--opt", "sgd", "--run-dir", tmp_path / "run", expect=2)
     assert done.stderr.rstrip().splitlines()[-1].startswith("gretta.py: error: the loss is not finite at step 7 ")
     assert not (tmp_path / "run/results.json").exists()
+
+
+def test_mixed_precision_is_for_the_networks_not_for_the_transforms(tmp_path, monkeypatch):
+    """In training, in the regulariser and in evaluation alike; bfloat16 coordinates would be off by a part of a pixel."""
+    seen, transform = [], gretta.transform_images
+
+    def watched(*arguments: object) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return transform(*arguments)
+
+    monkeypatch.setattr(gretta, "transform_images", watched)
+    flags = ("--dry-run", "--amp", "--device", "cpu", "--reg", "test", "--run-dir", str(tmp_path / "run"))
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "gretta.py"), *flags])
+    gretta.main()
+    assert len(seen) > 3 and not any(seen)
 
 
 def test_the_readmes_worked_example(tmp_path):
