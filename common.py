@@ -2999,13 +2999,15 @@ def table(directories: list[str | Path], by: Sequence[str] = ()) -> str:
                 raise InputError(f"--by {unknown[0]}: {directory}/args.json has no such setting")
             method = results["method"] = ", ".join([str(results["method"]), *(f"{name} {settings[name]}" for name in by)])
             for section, row, column, value in table_cells(results):
-                # A baseline is the same figure in every run of its seed and setting: one value per seed counts.
+                # A baseline is the same figure in every run of its seed and setting, to rounding: one value per seed counts.
                 if not isinstance(value, (int, float)):
                     raise TypeError(f"{column} is {value!r}, not a number")
                 value = float(value)
                 values = cells.setdefault(section, {}).setdefault(row, {}).setdefault(column, {})
-                if row == method and column != "wall_seconds" and values.get(results["seed"], value) != value:
-                    raise InputError(f"{file}: {row} with seed {results['seed']} is there twice, with other settings: tell them apart with --by")
+                other = abs(values.get(results["seed"], value) - value)
+                if other > (0 if row == method else 0.1) and column != "wall_seconds":
+                    how = "tell them apart with --by" if row == method else "give each a table of its own"
+                    raise InputError(f"{file}: {row} with seed {results['seed']} is there twice, with other settings: {how}")
                 values[results["seed"]] = value
         except InputError:
             raise
@@ -3016,9 +3018,10 @@ def table(directories: list[str | Path], by: Sequence[str] = ()) -> str:
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         with contextlib.suppress(ValueError):
             columns.sort(key=lambda column: float(column.removesuffix(" %")))
-        seeds = max(len(values) for row in rows.values() for values in row.values())
+        counts = {len(values) for row in rows.values() for values in row.values()}
+        seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
         lines += [
-            f"**{section}** (mean ± std over {seeds} seed{'s' * (seeds > 1)})",
+            f"**{section}** (mean ± std over {seeds} seed{'s' * (max(counts) > 1)})",
             "",
             f"| | {' | '.join(columns)} |",
             "|---" * (len(columns) + 1) + "|",

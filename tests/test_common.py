@@ -240,8 +240,19 @@ def test_table_is_mean_and_std_over_seeds(tmp_path):
     runs = [write_result(tmp_path / f"a{seed}", seed, value) for seed, value in enumerate((90.0, 92.0, 94.0))]
     runs += [write_result(tmp_path / "b", 0, 95.0, "whitebox", 0.01), write_result(tmp_path / "c", 1, 97.0, "whitebox", 0.01)]
     printed = run_script("common.py", *runs).stdout
+    assert "(mean ± std over 2 to 3 seeds)" in printed
     assert "| vanilla |  | 92.00 ± 2.00 |" in printed and "| whitebox | 96.00 ± 1.41 |  |" in printed
-    assert "| | 1 % | 20 % |" in printed and "| none | 60.00 ± 0.00 | 60.00 ± 0.00 |" in printed and "3 seeds" in printed
+    assert "| | 1 % | 20 % |" in printed and "| none | 60.00 ± 0.00 | 60.00 ± 0.00 |" in printed
+
+
+def test_a_baseline_of_another_classifier_needs_its_own_table(tmp_path):
+    runs = [write_result(tmp_path / "a", 0, 90.0), write_result(tmp_path / "b", 0, 91.0, "surrogate")]
+    text = (tmp_path / "b/results.json").read_text()
+    (tmp_path / "b/results.json").write_text(text.replace("60.0", "60.05"))  # another machine's rounding
+    assert "**gretta digits resnext, accuracy** (mean ± std over 1 seed)" in common.table(runs)
+    (tmp_path / "b/results.json").write_text(text.replace("60.0", "62.0"))
+    with pytest.raises(common.InputError, match="b/results.json: none with seed 0 is there twice, with other settings: give each a table of its own"):
+        common.table(runs)
 
 
 def test_help_shows_defaults_and_takes_both_spellings():
