@@ -2,6 +2,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two tests run at a time (.pytest.ini)
 
+import contextlib
+import importlib
+import io
 import json
 import subprocess
 import sys
@@ -24,6 +27,20 @@ def run_script(*command: object, expect: int = 0, cwd: Path = ROOT, **environmen
     done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=900, env=os.environ | environment)
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def run_here(script: str, *flags: object, cwd: Path = ROOT) -> str:
+    """`python SCRIPT.py FLAGS…` in this process, which spares the imports: returns what it printed, raises what its main() raises."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [str(ROOT / f"{script}.py"), *map(str, flags)])
+        try:
+            with contextlib.redirect_stdout(printed):
+                importlib.import_module(script).main()
+        finally:
+            print(printed.getvalue(), end="")
+    return printed.getvalue()
 
 
 TIMES = ("wall_seconds", "peak_memory_mb")
@@ -55,13 +72,17 @@ def check(line: str, script: str, names: tuple) -> None:
     assert [name for name in names if str(name) not in line] == [], line
 
 
-def refused(directory: Path, *command: object, names: tuple = (), **environment: str) -> str:
-    """Run the command, which must be refused in one line that holds all of `names` and must leave `directory` as it is; returns the line."""
-    before = contents(directory)
-    line = run_script(*command, expect=2, **environment).stderr
-    check(line, command[0], names)
+def refused(directory: Path, script: str, *flags: object, names: tuple = ()) -> str:
+    """Run the script, here, which must be refused in one line that holds all of `names` and must leave `directory` as it is; returns the line."""
+    before, main = contents(directory), importlib.import_module(script.removesuffix(".py")).main
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as stopped:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [script, *map(str, flags)])
+        common.run_script(main)
+    assert stopped.value.code == 2
+    check(said.getvalue(), script, names)
     assert contents(directory) == before
-    return line
+    return said.getvalue()
 
 
 @pytest.fixture

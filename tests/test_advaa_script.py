@@ -3,13 +3,13 @@
 import json
 import pickle
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_equal_weights, results_of, run_script, state_of, without_times
+from conftest import ROOT, assert_equal_weights, results_of, run_here, run_script, state_of, without_times
 from formats import make_cifar, make_perturbed
 from PIL import Image
 
@@ -20,12 +20,7 @@ SMALL = ("--eval-split", "val", "--num-train", "30", "--epochs", "3", "--batch-s
 FAST_CONTROLLER = ("--controller-lr", "0.05")  # policies change within three epochs
 
 
-def run_here(*flags: object) -> None:
-    """`python advaa.py FLAGS…` without a new process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        patch.setattr(sys, "argv", [str(ROOT / "advaa.py"), *map(str, flags)])
-        advaa.main()
+run_advaa = partial(run_here, "advaa")
 
 
 def lines_of(file: Path) -> list[dict]:
@@ -36,7 +31,7 @@ def lines_of(file: Path) -> list[dict]:
 def run(tmp_path_factory) -> Path:
     """One small run that several tests look at."""
     directory = tmp_path_factory.mktemp("runs") / "run"
-    run_here(*SMALL, *FAST_CONTROLLER, "--run-dir", directory, "--seed", 3)
+    run_advaa(*SMALL, *FAST_CONTROLLER, "--run-dir", directory, "--seed", 3)
     return directory
 
 
@@ -100,7 +95,7 @@ def test_the_best_on_validation_is_kept_beside(run):
 
 def test_a_replay_reproduces_the_stream_of_views(run, tmp_path):
     """Same seed and model: the same images under the same policies, signs, places and partners, so the same losses to the last bit."""
-    run_here(*SMALL, "--replay", run / "policies.jsonl", "--run-dir", tmp_path / "replay", "--seed", 3)
+    run_advaa(*SMALL, "--replay", run / "policies.jsonl", "--run-dir", tmp_path / "replay", "--seed", 3)
     assert lines_of(tmp_path / "replay" / "policies.jsonl") == lines_of(run / "policies.jsonl")
     assert_equal_weights(state_of(tmp_path / "replay")["state_dict"], state_of(run)["state_dict"])
     results = results_of(tmp_path / "replay")
@@ -120,10 +115,10 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(run, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(common, "save_atomically", save_and_die)
         with pytest.raises(KeyboardInterrupt):
-            run_here(*flags)
+            run_advaa(*flags)
     assert "starting afresh" in capsys.readouterr().out and not (directory / "results.json").exists() and state_of(directory)["epoch"] == 2
     torch.manual_seed(99)
-    run_here(*flags)
+    run_advaa(*flags)
     assert_equal_weights(state_of(directory)["state_dict"], state_of(run)["state_dict"])
     assert_equal_weights(state_of(directory)["controller"], state_of(run)["controller"])
     assert without_times(results_of(directory)) == without_times(results_of(run))
@@ -131,14 +126,14 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(run, tmp_path, monkey
     assert lines_of(directory / "log.jsonl") == lines_of(run / "log.jsonl")
     # finished: reported again, nothing is trained
     before = (directory / "checkpoint.pt").read_bytes()
-    run_here(*flags)
+    run_advaa(*flags)
     assert "holds a finished run" in capsys.readouterr().out and (directory / "checkpoint.pt").read_bytes() == before
 
 
 def test_a_model_that_draws_continues_with_the_same_draws(tmp_path, monkeypatch):
     """Shake-Shake draws in every pass: its random state is resumed too; so is a controller whose state starts anew."""
     flags = ("--dry-run", "--M", 2, "--model", "shake26_2x32d", "--reset-hidden", "--checkpoint-every", 1, "--run-dir")
-    run_here(*flags, tmp_path / "whole")
+    run_advaa(*flags, tmp_path / "whole")
     save = common.save_atomically
 
     def save_and_die(content, file, **how):
@@ -149,21 +144,21 @@ def test_a_model_that_draws_continues_with_the_same_draws(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(common, "save_atomically", save_and_die)
         with pytest.raises(KeyboardInterrupt):
-            run_here(*flags, tmp_path / "cut")
+            run_advaa(*flags, tmp_path / "cut")
     torch.manual_seed(99)
-    run_here("--dry-run", "--resume", "--run-dir", tmp_path / "cut")  # the rest is in its args.json
+    run_advaa("--dry-run", "--resume", "--run-dir", tmp_path / "cut")  # the rest is in its args.json
     assert_equal_weights(state_of(tmp_path / "cut")["state_dict"], state_of(tmp_path / "whole")["state_dict"])
     assert json.loads((tmp_path / "cut" / "args.json").read_text())["carry_hidden"] is False
 
 
 def test_transfer_and_collapse(run, tmp_path):
     """One run's policies train another model; and a controller of which one choice is certain has collapsed, unless it is guarded."""
-    run_here(*SMALL, "--replay", run / "policies.jsonl", "--model", "resnet50", "--dry-run", "--batch-size", 10, "--run-dir", tmp_path / "transfer")
+    run_advaa(*SMALL, "--replay", run / "policies.jsonl", "--model", "resnet50", "--dry-run", "--batch-size", 10, "--run-dir", tmp_path / "transfer")
     records, others = lines_of(tmp_path / "transfer" / "policies.jsonl"), lines_of(run / "policies.jsonl")
     assert [record["policies"] for record in records] == [record["policies"] for record in others[:2]] and records[0]["losses"] != others[0]["losses"]
     for flags, collapsed in (((), True), (("--collapse-guard",), False)):
         directory = tmp_path / f"collapse{len(flags)}"
-        run_here("--dry-run", "--controller-lr", 30, "--run-dir", directory, *flags)
+        run_advaa("--dry-run", "--controller-lr", 30, "--run-dir", directory, *flags)
         controller = results_of(directory)["controller"]
         assert controller["collapsed"] == collapsed and (controller["entropy_last"] < advaa.COLLAPSED) == collapsed
 
@@ -172,10 +167,10 @@ def test_evaluate_repeats_the_figures(run, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(run, directory)
     with pytest.raises(common.InputError, match="--dry-run would overwrite the results of"):
-        run_here("--evaluate", "--dry-run", "--run-dir", directory)
-    run_here("--evaluate", "--run-dir", directory)
+        run_advaa("--evaluate", "--dry-run", "--run-dir", directory)
+    run_advaa("--evaluate", "--run-dir", directory)
     assert without_times(results_of(directory)) == without_times(results_of(run))
-    run_here("-e", "true", "--weights", run / "checkpoint.pt", "--eval-split", "val", "--run-dir", tmp_path / "again")
+    run_advaa("-e", "true", "--weights", run / "checkpoint.pt", "--eval-split", "val", "--run-dir", tmp_path / "again")
     again = results_of(tmp_path / "again")
     for key in ("top1_error", "top5_error", "shifted", "corruptions"):
         assert again[key] == results_of(run)[key]
@@ -196,7 +191,7 @@ def test_evaluate_repeats_the_figures(run, tmp_path):
     ],
 )
 def test_each_policy(flags, tmp_path):
-    run_here("--dry-run", *flags, "--run-dir", tmp_path / "run")
+    run_advaa("--dry-run", *flags, "--run-dir", tmp_path / "run")
     results, history = results_of(tmp_path / "run"), state_of(tmp_path / "run")["history"]
     assert results["method"] == (flags[1] if flags[0] == "--policy" else "advaa")
     has_policies = results["method"] in ("advaa", "random")
@@ -217,7 +212,7 @@ def test_every_policy_trains_on_as_many_views(tmp_path, monkeypatch):
     monkeypatch.setattr(common.WideResNet, "forward", count)
     for policy in ("none", "trivial", "autoaugment", "random", "advaa"):
         seen.clear()
-        run_here("--dry-run", "--M", 3, "--batch-size", 10, "--policy", policy, "--run-dir", tmp_path / policy)
+        run_advaa("--dry-run", "--M", 3, "--batch-size", 10, "--policy", policy, "--run-dir", tmp_path / policy)
         assert seen == [30, 30]  # two epochs of one step: 10 images in 3 views
     losses = state_of(tmp_path / "none")["history"][0]["losses"]
     assert max(losses) == pytest.approx(min(losses), rel=1e-5)  # without a policy, and without crops on digits, all views are the image
@@ -278,7 +273,7 @@ def test_several_processes_in_mixed_precision(tmp_path):
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "advaa.py", "--dry-run", "--M", 8, "--amp")
     run_script(*command, "--run-dir", tmp_path / "run", OMP_NUM_THREADS="1")
     history = state_of(tmp_path / "run")["history"]
-    run_here("--dry-run", "--M", 8, "--amp", "--run-dir", tmp_path / "one")
+    run_advaa("--dry-run", "--M", 8, "--amp", "--run-dir", tmp_path / "one")
     assert history[0]["losses"] == pytest.approx(state_of(tmp_path / "one")["history"][0]["losses"], rel=2e-2)  # of bfloat16
 
 
@@ -316,7 +311,7 @@ def test_cifar10_with_its_corrupted_and_perturbed_sets(tmp_path):
     assert torch.equal(test[0][7], torch.from_numpy(batch["data"][7].reshape(3, 32, 32))) and test[1].tolist() == batch["labels"]
     directory = tmp_path / "run"
     flags = ("--dataset", "cifar10", "--data-root", tmp_path / "data", "--model", "wideresnet", "--M", 2)
-    run_here(*flags, "--dry-run", "--run-dir", directory)
+    run_advaa(*flags, "--dry-run", "--run-dir", directory)
     results, machine = results_of(directory), common.start_machine("cpu")
     model = common.load_weights(common.build_model("wideresnet", 10, "cifar10"), directory / "checkpoint.pt").eval()
     images = np.load(tmp_path / "data/CIFAR-10-C/fog.npy")
@@ -335,7 +330,7 @@ def test_cifar10_with_its_corrupted_and_perturbed_sets(tmp_path):
     # Without the corrupted sets the clean figures remain, and a note says what is missing. With --validation a tenth is held out.
     shutil.rmtree(tmp_path / "data/CIFAR-10-C")
     shutil.rmtree(tmp_path / "data/CIFAR-10-P")
-    run_here(*flags, "--dry-run", "--validation", "--run-dir", tmp_path / "alone")
+    run_advaa(*flags, "--dry-run", "--validation", "--run-dir", tmp_path / "alone")
     results = results_of(tmp_path / "alone")
     assert results["corruptions"] == {} and "flip_probability" not in results and "best_on_validation" in results
     sets = common.load_sets("cifar10", tmp_path / "data", machine, validation=True)
@@ -355,7 +350,7 @@ def test_imagenet_folders(tmp_path):
             for i, picture in enumerate(common.to_uint8(common.example_pictures(count, 64, number))):
                 Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i}.JPEG")
     flags = ("--dataset", "imagenet", "--data-root", tmp_path / "data", "--model", "resnet18", "--batch-size", 4, "--M", 2)
-    run_here(*flags, "--dry-run", "--run-dir", tmp_path / "run")
+    run_advaa(*flags, "--dry-run", "--run-dir", tmp_path / "run")
     results = results_of(tmp_path / "run")
     assert (results["n_train"], results["n_eval"], results["corruptions"]) == (12, 4, {})
     folder = common.class_folder(tmp_path / "data/imagenet/val", ["n01440764", "n01443537"])
@@ -367,7 +362,7 @@ def test_imagenet_folders(tmp_path):
     assert (len(sets.train), len(sets.val), len(sets.test)) == (11, 1, 1) and set(sets.train.files).isdisjoint(sets.val.files)
     # To evaluate, the validation folder will do.
     shutil.rmtree(tmp_path / "data" / "imagenet" / "train")
-    run_here(*flags, "--evaluate", "--weights", tmp_path / "run" / "checkpoint.pt", "--run-dir", tmp_path / "again")
+    run_advaa(*flags, "--evaluate", "--weights", tmp_path / "run" / "checkpoint.pt", "--run-dir", tmp_path / "again")
     assert results_of(tmp_path / "again")["top1_error"] == results["top1_error"]
 
 
@@ -384,15 +379,15 @@ def test_a_view_batch_of_any_size_gives_the_same_run(tmp_path):
     )
     try:
         for size in (10, 25):
-            run_here(*SMALL, *FAST_CONTROLLER, "--view-batch", size, "--run-dir", tmp_path / str(size))
+            run_advaa(*SMALL, *FAST_CONTROLLER, "--view-batch", size, "--run-dir", tmp_path / str(size))
             assert set(sizes) == {10}
         first, second = (state_of(tmp_path / str(size)) for size in (10, 25))
         assert_equal_weights(first["state_dict"], second["state_dict"])
         assert first["records"] == second["records"]
         sizes.clear()
-        run_here(*SMALL, *FAST_CONTROLLER, "--run-dir", tmp_path / "all")
+        run_advaa(*SMALL, *FAST_CONTROLLER, "--run-dir", tmp_path / "all")
         assert set(sizes) == {30}
     finally:
         hook.remove()
     with pytest.raises(common.InputError, match="--view-batch 9 is smaller than one policy's 10 views"):
-        run_here(*SMALL, "--view-batch", 9, "--run-dir", tmp_path / "small")
+        run_advaa(*SMALL, "--view-batch", 9, "--run-dir", tmp_path / "small")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refused, run_script
+from conftest import ROOT, refused, run_here
 from PIL import Image
 
 import common
@@ -27,9 +27,9 @@ class Trap:
         return open, (str(self.file), "w")
 
 
-def gretta_refuses(directory: Path, *flags: object, names: tuple = (), **environment: str) -> str:
+def gretta_refuses(directory: Path, *flags: object, names: tuple = ()) -> str:
     """As `refused`, for gretta.py with a new run directory below `directory`; where it is not refused, --dry-run makes it quick."""
-    return refused(directory, "gretta.py", "--dry-run", "--run-dir", directory / "run", *flags, names=names, **environment)
+    return refused(directory, "gretta.py", "--dry-run", "--run-dir", directory / "run", *flags, names=names)
 
 
 @pytest.fixture
@@ -91,8 +91,9 @@ def test_model_that_does_not_take_small_images(gretta_refuses_here):
     gretta_refuses_here("--model", "inception_v3", names=("inception_v3", "32 px"))
 
 
-def test_cuda_where_there_is_none(tmp_path):
-    gretta_refuses(tmp_path, "--device", "cuda", names=("--device cuda",), CUDA_VISIBLE_DEVICES="")
+def test_cuda_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gretta_refuses(tmp_path, "--device", "cuda", names=("--device cuda",))
 
 
 @pytest.mark.parametrize("flag, value, images", [("--proportion", "0.001", "6 images"), ("--batch-size", "100000", "1200 images")])
@@ -103,7 +104,7 @@ def test_fewer_images_than_a_batch(flag, value, images, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--num_samples", "1"], ["--num-samples", "1"]])
 def test_both_spellings_of_a_flag(flags, tmp_path):
-    run_script("gretta.py", "--dry-run", "--run-dir", tmp_path / "run", *flags)
+    run_here("gretta", "--dry-run", "--run-dir", tmp_path / "run", *flags)
     assert json.loads((tmp_path / "run/args.json").read_text())["num_samples"] == 1
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import contents, refused, run_script
+from conftest import contents, refused, run_here, run_script
 from PIL import Image
 
 import common
@@ -107,7 +107,7 @@ def test_more_processes_than_images_in_a_batch(tmp_path):
 
 def test_whole_folders_are_not_refused(imagenet, tmp_path):
     """What the tests below damage works undamaged."""
-    run_script("game_of_noise.py", "--dry-run", "--mode", "Speckle", *folders(imagenet), "--run-dir", tmp_path / "run")
+    run_here("game_of_noise", "--dry-run", "--mode", "Speckle", *folders(imagenet), "--run-dir", tmp_path / "run")
 
 
 @pytest.mark.parametrize("part", ["train", "val"])

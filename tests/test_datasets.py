@@ -7,29 +7,19 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Handler, results_of
+from conftest import Handler, results_of, run_here
 from formats import WNIDS, make_chexpert, make_cifar, make_imagenet, make_mnist, make_perturbed, make_pictures, random_pixels
 from PIL import Image
 
 import advaa
 import common
-import game_of_noise
 import gretta
 
 MACHINE = common.start_machine("cpu")
-
-
-def run_here(script: ModuleType, *flags: object) -> None:
-    """`python SCRIPT.py FLAGS…` without a new process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        patch.setattr(sys, "argv", [str(ROOT / f"{script.__name__}.py"), *map(str, flags)])
-        script.main()
 
 
 def save_model(file: Path, name: str, num_classes: int, dataset: str) -> torch.nn.Module:
@@ -299,7 +289,7 @@ def test_cifar_and_mnist_are_downloaded_where_they_are_missing(publish, tmp_path
     publish("cifar10", "", {"cifar-10-python.tar.gz": (packed(tmp_path / "made/cifar-10-batches-py", "w:gz"), ["cifar-10-batches-py"])})
     raw = sorted((tmp_path / "made/MNIST/raw").iterdir())
     publish("mnist", "MNIST/raw", {file.name: (file.read_bytes(), [file.name]) for file in raw})
-    run_here(advaa, "--dataset", "cifar10", "--data-root", tmp_path / "data", "--model", "wideresnet", "--evaluate", "--run-dir", tmp_path / "run",
+    run_here("advaa", "--dataset", "cifar10", "--data-root", tmp_path / "data", "--model", "wideresnet", "--evaluate", "--run-dir", tmp_path / "run",
              "--weights", weights_of("wideresnet", "cifar10", tmp_path))  # fmt: skip
     assert results_of(tmp_path / "run")["n_eval"] == 20 and len(Handler.asked) == 1
     assert len(common.load_split("mnist", "test", tmp_path / "data")[1]) == 20 and len(Handler.asked) == 5
@@ -315,7 +305,7 @@ def weights_of(model: str, dataset: str, folder: Path, num_classes: int = 10) ->
 def test_a_dry_run_downloads_nothing(publish, tmp_path, capfd):
     publish("cifar10", "", {"cifar-10-python.tar.gz": (b"", ["cifar-10-batches-py"])})
     with pytest.raises(common.InputError, match="test_batch|data_batch_1"):
-        run_here(advaa, "--dataset", "cifar10", "--data-root", tmp_path / "data", "--dry-run", "--run-dir", tmp_path / "run")
+        run_here("advaa", "--dataset", "cifar10", "--data-root", tmp_path / "data", "--dry-run", "--run-dir", tmp_path / "run")
     assert Handler.asked == [] and list(tmp_path.iterdir()) == []
 
 
@@ -405,13 +395,15 @@ def test_gretta_with_the_configuration_of_its_source(tmp_path):
                      "student_paths": {name: str(tmp_path / "student.pth") for name in ("wideresnet", "resnext")},
                      "checkpoints": "checkpoints", "cifar": str(tmp_path / "cifar"), "cifarc": str(tmp_path / "cifar_corrupt" / "CIFAR-100-C")}  # fmt: skip
     (tmp_path / "conf.json").write_text(json.dumps(configuration))
-    run_here(gretta, "--load-conf", tmp_path / "conf.json", "--dry-run", "--run-dir", tmp_path / "resnext")
+    run_here("gretta", "--load-conf", tmp_path / "conf.json", "--dry-run", "--run-dir", tmp_path / "resnext")
     arguments, results = json.loads((tmp_path / "resnext" / "args.json").read_text()), results_of(tmp_path / "resnext")
     expected = {"dataset": "cifar100", "model": "resnext", "train_on": "augmented", "lr": 1e-6, "weights": str(tmp_path / "cifar100-resnext.pt")}
     assert {key: arguments[key] for key in expected} == expected and arguments["student"] is None
     assert results["n_train"] == 32 and results["n_eval"] == 75 and list(results["corruptions"]) == [*common.CORRUPTIONS, "mean"]
     assert "CIFAR-100-C as published, 15 corruptions x severities 1-5" in results["protocol"]
-    run_here(gretta, "--load-conf", tmp_path / "conf.json", "--model", "wideresnet", "--est", "surrogate", "--dry-run", "--run-dir", tmp_path / "wrn")
+    run_here(
+        "gretta", "--load-conf", tmp_path / "conf.json", "--model", "wideresnet", "--est", "surrogate", "--dry-run", "--run-dir", tmp_path / "wrn"
+    )
     results = results_of(tmp_path / "wrn")
     assert (results["model"], results["method"], results["queries_distillation"]) == ("wideresnet", "surrogate", 0)
     model = common.load_weights(common.build_model("wideresnet", 100, "cifar100"), tmp_path / "cifar100-wideresnet.pt").eval()
@@ -430,13 +422,13 @@ def test_gretta_on_modified_mnist_and_on_mnist_c(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "WEIGHTS", tmp_path)
     weights_of("resnext", "mnist", tmp_path)
     flags = ("--dataset", "mnist", "--data-root", tmp_path / "data", "--epochs", "1", "--num-samples", "2", "--batch-size", "10")
-    run_here(gretta, *flags, "--proportion", "0.05", "--run-dir", tmp_path / "target")
+    run_here("gretta", *flags, "--proportion", "0.05", "--run-dir", tmp_path / "target")
     results = results_of(tmp_path / "target")
     assert (results["n_train"], results["n_eval"], results["proportion"]) == (10, 100, 0.05) and "modified mnist" in results["protocol"]
     model = common.load_weights(common.build_model("resnext", 10, "mnist"), tmp_path / "mnist-resnext.pt").eval()
     _, _, images, labels, _ = gretta.target_domain("test", 0.05, tmp_path / "data", 1, "mnist")
     assert results["accuracy"]["none"] == pytest.approx(common.evaluate(model, images, labels, MACHINE)["top1_accuracy"])
-    run_here(gretta, *flags, "--train-on", "augmented", "--dry-run", "--run-dir", tmp_path / "augmented")
+    run_here("gretta", *flags, "--train-on", "augmented", "--dry-run", "--run-dir", tmp_path / "augmented")
     results = results_of(tmp_path / "augmented")
     assert list(results["corruptions"]) == [*common.MNIST_C, "mean"] and "MNIST-C as published, 15 corruptions;" in results["protocol"]
 
@@ -445,7 +437,7 @@ def test_gretta_on_chexpert(tmp_path):
     make_chexpert(tmp_path, patients=20)
     model = save_model(tmp_path / "resnet18.pt", "resnet18", 5, "chexpert")
     flags = ("--dataset", "chexpert", "--data-root", tmp_path, "--model", "resnet18", "--weights", tmp_path / "resnet18.pt", "--proportion", "0.2")
-    run_here(gretta, *flags, "--batch-size", "4", "--epochs", "1", "--num-samples", "1", "--lr", "1e-3", "--run-dir", tmp_path / "run")
+    run_here("gretta", *flags, "--batch-size", "4", "--epochs", "1", "--num-samples", "1", "--lr", "1e-3", "--run-dir", tmp_path / "run")
     results, (_, valid) = results_of(tmp_path / "run"), common.load_chexpert(tmp_path)
     assert (results["n_train"], results["n_eval"], results["queries"], results["metric"]) == (8, 12, 16, "mean AUROC")
     images = torch.stack([valid[number, None][0] for number in range(12)])
@@ -491,11 +483,11 @@ def test_a_folder_of_ones_own_in_all_three_scripts(tmp_path, monkeypatch):
     make_own(tmp_path / "own")
     monkeypatch.setattr(common, "load_imagenet_weights", lambda model, *_: "untrained")
     flags = ("--dataset", "folder", "--data-root", tmp_path / "own", "--model", "resnet18", "--dry-run")
-    run_here(advaa, *flags, "--M", "2", "--run-dir", tmp_path / "advaa")
+    run_here("advaa", *flags, "--M", "2", "--run-dir", tmp_path / "advaa")
     results = results_of(tmp_path / "advaa")
     assert (results["n_train"], results["n_eval"], results["corruptions"]) == (24, 16, {})
     run_here(
-        game_of_noise,
+        "game_of_noise",
         *flags,
         "--mode",
         "Speckle",
@@ -507,21 +499,21 @@ def test_a_folder_of_ones_own_in_all_three_scripts(tmp_path, monkeypatch):
     )
     results = results_of(tmp_path / "game")
     assert results["mce_reference"] == "clean model" and "folder-C generated from the 16 test images" in results["protocol"]
-    run_here(gretta, *flags, "--weights", tmp_path / "advaa/checkpoint.pt", "--proportion", "0.4", "--run-dir", tmp_path / "gretta")
+    run_here("gretta", *flags, "--weights", tmp_path / "advaa/checkpoint.pt", "--proportion", "0.4", "--run-dir", tmp_path / "gretta")
     results = results_of(tmp_path / "gretta")
     assert (results["n_train"], results["n_eval"]) == (7, 9) and f"{tmp_path / 'own'} (18 test images)" in results["protocol"]
 
 
 @pytest.mark.slow
 def test_fake_images_of_any_shape_in_all_three_scripts(tmp_path):
-    for script, flags in ((advaa, ("--M", "2")), (game_of_noise, ("--mode", "ANT")), (gretta, ())):
-        directory = tmp_path / script.__name__
+    for script, flags in (("advaa", ("--M", "2")), ("game_of_noise", ("--mode", "ANT")), ("gretta", ())):
+        directory = tmp_path / script
         run_here(
             script, "--dataset", "fake", "--fake-shape", "40,7,40,48", "--model", "shufflenet_v2_x0_5", "--dry-run", *flags, "--run-dir", directory
         )
         results = results_of(directory)
-        assert results["dataset"] == "fake" and "fake-C generated" in results["protocol"], script.__name__
-        assert results["n_eval"] == (10 if script is not gretta else 75) and results["n_train"] == (32 if script is gretta else 40)
+        assert results["dataset"] == "fake" and "fake-C generated" in results["protocol"], script
+        assert results["n_eval"] == (10 if script != "gretta" else 75) and results["n_train"] == (32 if script == "gretta" else 40)
 
 
 @pytest.mark.slow
@@ -531,18 +523,18 @@ def test_game_of_noise_on_cifar10_and_mnist(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "WEIGHTS", tmp_path)
     model = save_model(tmp_path / "robustbench-cifar10-wideresnet.pt", "wideresnet", 10, "cifar10")  # where the published one is kept
     weights_of("resnext", "mnist", tmp_path)
-    run_here(game_of_noise, "--dataset", "cifar10", "--data-root", tmp_path, "--mode", "clean", "--star-iterations", "1", "--batch-size", "20",
+    run_here("game_of_noise", "--dataset", "cifar10", "--data-root", tmp_path, "--mode", "clean", "--star-iterations", "1", "--batch-size", "20",
              "--run-dir", tmp_path / "cifar")  # fmt: skip
     results = results_of(tmp_path / "cifar")
     assert results["mce"] == 100 and results["mce_reference"] == "clean model" and results["n_eval"] == 20
     fog = np.load(tmp_path / "CIFAR-10-C/fog.npy")
     assert results["severities"]["fog"] == pytest.approx([100 - error(model, fog[4 * i : 4 * i + 4], np.arange(4)) for i in range(5)])
     file = weights_of("wresnet40_2", "cifar10", tmp_path)  # of no model that is published: evaluated as it is
-    run_here(game_of_noise, "-e", "--dataset", "cifar10", "--data-root", tmp_path, "--model", "wresnet40_2", "--weights", file, "--dry-run",
+    run_here("game_of_noise", "-e", "--dataset", "cifar10", "--data-root", tmp_path, "--model", "wresnet40_2", "--weights", file, "--dry-run",
              "--run-dir", tmp_path / "own")  # fmt: skip
     results = results_of(tmp_path / "own")
     assert results["mce"] is None and results["mce_reference"] is None and "mCE" not in results["protocol"] and "before" not in results
-    run_here(game_of_noise, "--dataset", "mnist", "--data-root", tmp_path, "--dry-run", "--run-dir", tmp_path / "mnist")
+    run_here("game_of_noise", "--dataset", "mnist", "--data-root", tmp_path, "--dry-run", "--run-dir", tmp_path / "mnist")
     results = results_of(tmp_path / "mnist")
     assert list(results["severities"]) == list(common.MNIST_C) and all(len(values) == 1 for values in results["severities"].values())
     others = [results["corruptions"][name] for name in common.MNIST_C if name not in ("shot_noise", "impulse_noise")]
@@ -554,11 +546,11 @@ def test_advaa_on_mnist_and_on_cifar10_with_its_extra_corruptions(tmp_path):
     make_mnist(tmp_path, 100, 20, corrupted=True)
     make_cifar(tmp_path, "cifar10", 100, 20, 4, extra=("saturate",))
     make_perturbed(tmp_path, advaa.PERTURBATIONS)
-    run_here(advaa, "--dataset", "mnist", "--data-root", tmp_path, "--dry-run", "--run-dir", tmp_path / "mnist")
+    run_here("advaa", "--dataset", "mnist", "--data-root", tmp_path, "--dry-run", "--run-dir", tmp_path / "mnist")
     results = results_of(tmp_path / "mnist")
     assert set(results["shifted"]) == {"modified"} and list(results["corruptions"]) == [*common.MNIST_C, "mean"]
     run_here(
-        advaa, "--dataset", "cifar10", "--data-root", tmp_path, "--model", "wideresnet", "--M", "2", "--dry-run", "--run-dir", tmp_path / "cifar"
+        "advaa", "--dataset", "cifar10", "--data-root", tmp_path, "--model", "wideresnet", "--M", "2", "--dry-run", "--run-dir", tmp_path / "cifar"
     )
     results = results_of(tmp_path / "cifar")
     assert list(results["extra_corruptions"]) == ["saturate"] and list(results["corruptions"]) == [*common.CORRUPTIONS, "mean"]

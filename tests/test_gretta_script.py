@@ -1,4 +1,4 @@
-"""gretta.py as a user runs it: a subprocess on digits with small settings, and the figures in the files it writes."""
+"""gretta.py as a user runs it, on digits with small settings, and the figures in the files it writes."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, refused, results_of, run_script, without_times
+from conftest import ROOT, refused, results_of, run_here, run_script, without_times
 from PIL import Image
 
 import common
@@ -31,7 +31,7 @@ def policy_of(directory: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """One small run that several tests look at."""
+    """One small run that several tests look at, in a process of its own."""
     directory = tmp_path_factory.mktemp("runs") / "run"
     run_script("gretta.py", "--model", "resnext", "--est", "vanilla", *SMALL, "--run-dir", directory, "--seed", 3)
     return directory
@@ -80,23 +80,23 @@ def test_figures_in_results_are_those_of_the_saved_policy(run):
 
 
 def test_the_same_seed_gives_the_same_results(run, tmp_path):
-    run_script("gretta.py", *SMALL, "--run-dir", tmp_path / "again", "--seed", 3)
+    run_here("gretta", *SMALL, "--run-dir", tmp_path / "again", "--seed", 3)
     assert without_times(results_of(tmp_path / "again")) == without_times(results_of(run))
     assert all(torch.equal(value, policy_of(run)[key]) for key, value in policy_of(tmp_path / "again").items())
 
 
 def test_evaluate_repeats_the_accuracy_and_applies_more_steps(run, tmp_path):
     before = results_of(run)
-    run_script("gretta.py", "--evaluate", "--run-dir", run)
+    run_here("gretta", "--evaluate", "--run-dir", run)
     assert results_of(run) == before  # the times too are those of the run
     assert sum("test_gretta" in line for line in log_of(run)) == 1
-    run_script("gretta.py", "-e", "True", "--weights-policy", run / "checkpoint.pt", *SMALL, "--steps", 2, "--run-dir", tmp_path / "two")
+    run_here("gretta", "-e", "True", "--weights-policy", run / "checkpoint.pt", *SMALL, "--steps", 2, "--run-dir", tmp_path / "two")
     refuse = (("--target-split", "test"), ("--steps", 2), ("--dry-run",), ("--proportion", 0.5))
     for flags in refuse:  # the run's results are its own
         refused(run, "gretta.py", "--evaluate", "--run-dir", run, *flags, names=(f"{flags[0]} ", "would overwrite the results of", run))
     refused(run, "gretta.py", "-e", "--weights-policy", run / "checkpoint.pt", *SMALL, "--sigmoid", names=("--sigmoid was False",))
-    lower = run_script("gretta.py", *SMALL, "--seed", 3, "--resume", "--run-dir", run, "--lr", 1e-5)  # as is advised where a loss is not finite
-    assert "holds a finished run" in lower.stdout
+    lower = run_here("gretta", *SMALL, "--seed", 3, "--resume", "--run-dir", run, "--lr", 1e-5)  # as is advised where a loss is not finite
+    assert "holds a finished run" in lower
     accuracy = results_of(tmp_path / "two")["accuracy"]
     assert accuracy["gretta_1"] == before["accuracy"]["gretta"] and accuracy["gretta_2"] == accuracy["gretta"]
 
@@ -110,7 +110,7 @@ def test_predict_a_folder_of_pictures(run, tmp_path):
         picture = Image.fromarray(images[i].permute(1, 2, 0).numpy())
         picture.resize((32 + 8 * i, 32 + 4 * i)).convert("L" if i % 2 else "RGB").save(folder / f"{i}.{'jpg' if i % 3 else 'png'}")
     (folder / "notes.txt").write_text("no picture")
-    run_script("gretta.py", "--predict", folder, "--run-dir", run)
+    run_here("gretta", "--predict", folder, "--run-dir", run)
     with open(run / "predictions.csv") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["file"] for row in rows] == sorted(file.name for file in folder.iterdir() if file.suffix != ".txt")
@@ -126,7 +126,7 @@ def test_predict_a_folder_of_pictures(run, tmp_path):
 
 @pytest.mark.parametrize("est, transform, extra", [("vanilla", "full", ["--sigmoid", "--opt", "rmsprop"]), ("surrogate", "geometry", ["--alpha", "0.2"]), ("surrogate", "color", ["--reg", "test"]), ("whitebox", "full", ["--reg", "gaussian_noise", "--opt", "sgd"]), ("whitebox", "color", ["--init", "stochastic", "--model", "wideresnet"])])  # fmt: skip
 def test_each_estimator_and_transform_set(est, transform, extra, tmp_path):
-    run_script("gretta.py", "--dry-run", "--est", est, "--transform", transform, *extra, "--run-dir", tmp_path / "run")
+    run_here("gretta", "--dry-run", "--est", est, "--transform", transform, *extra, "--run-dir", tmp_path / "run")
     results = results_of(tmp_path / "run")
     assert results["method"] == est and results["transform"] == transform and results["n_eval"] == 64
     assert results["queries"] == 24 * (1 if est == "whitebox" else 4)
@@ -136,13 +136,13 @@ def test_each_estimator_and_transform_set(est, transform, extra, tmp_path):
 
 
 def test_policy_backbones_run(tmp_path):
-    run_script("gretta.py", "--dry-run", "--policy", "efficientnet-b0", "--run-dir", tmp_path / "run")
+    run_here("gretta", "--dry-run", "--policy", "efficientnet-b0", "--run-dir", tmp_path / "run")
     assert results_of(tmp_path / "run")["policy"] == "efficientnet-b0"
 
 
 @pytest.mark.slow
 def test_augmented_training_is_tested_on_every_corruption(tmp_path):
-    run_script("gretta.py", "--dry-run", "--train-on", "augmented", "--run-dir", tmp_path / "run")
+    run_here("gretta", "--dry-run", "--train-on", "augmented", "--run-dir", tmp_path / "run")
     results = results_of(tmp_path / "run")
     assert list(results["corruptions"]) == [*common.CORRUPTIONS, "mean"] and results["n_eval"] == 75
     errors = [results["corruptions"][name]["none"] for name in common.CORRUPTIONS]
@@ -153,7 +153,7 @@ def test_augmented_training_is_tested_on_every_corruption(tmp_path):
 def test_a_missing_student_is_distilled_from_the_classifiers_outputs(tmp_path):
     """With one's own --weights there is no student at hand: its phase runs, is counted apart, and is kept in the run's directory."""
     torch.save(torch.load(common.WEIGHTS / "digits-resnext.pt", weights_only=True), tmp_path / "own.pt")
-    run_script("gretta.py", "--dry-run", "--est", "surrogate", "--weights", tmp_path / "own.pt", "--run-dir", tmp_path / "run")
+    run_here("gretta", "--dry-run", "--est", "surrogate", "--weights", tmp_path / "own.pt", "--run-dir", tmp_path / "run")
     results = results_of(tmp_path / "run")
     assert results["queries_distillation"] == 1000 and results["queries"] == 96
     common.load_weights(common.build_model("student", 10, "digits"), tmp_path / "run/student.pt")
@@ -229,16 +229,16 @@ def test_a_killed_run_resumes_exactly(run, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (directory / "results.json").exists()
-    run_script("gretta.py", "--resume", "--run-dir", directory)
+    run_here("gretta", "--resume", "--run-dir", directory)
     assert without_times(results_of(directory)) == without_times(results_of(run))
     assert all(torch.equal(value, policy_of(run)[key]) for key, value in policy_of(directory).items())
     assert [entry for entry in log_of(directory) if "epoch" in entry] == [entry for entry in log_of(run) if "epoch" in entry]
-    again = run_script("gretta.py", "--resume", "--run-dir", directory).stdout
+    again = run_here("gretta", "--resume", "--run-dir", directory)
     assert "holds a finished run" in again and "five-crop" in again
 
 
 def test_resume_of_an_empty_directory_starts_afresh_and_says_so(tmp_path):
-    printed = run_script("gretta.py", "--dry-run", "--resume", "--run-dir", tmp_path).stdout
+    printed = run_here("gretta", "--dry-run", "--resume", "--run-dir", tmp_path)
     assert "holds no checkpoint: starting afresh" in printed and (tmp_path / "results.json").is_file()
 
 
@@ -248,7 +248,7 @@ def test_processes_share_the_batch_and_give_the_same_policy(processes, tmp_path)
     """torchrun (gloo) with the same global batch: the policy of one process to 1e-5; batch norm sees the statistics of the global batch."""
     # Small steps, and few: rounding differs between sums over ranks, and larger steps amplify it about tenfold each.
     flags = ["--target-split", "val", "--proportion", "0.9", "--batch-size", "500", "--num-samples", "1", "--epochs", "1", "--opt", "sgd", "--lr", "1e-3"]  # fmt: skip
-    run_script("gretta.py", *flags, "--run-dir", tmp_path / "one", OMP_NUM_THREADS="1")
+    run_here("gretta", *flags, "--run-dir", tmp_path / "one")
     run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "gretta.py", *flags, "--run-dir", tmp_path / "many", OMP_NUM_THREADS="1")  # fmt: skip
     one, many = policy_of(tmp_path / "one"), policy_of(tmp_path / "many")
     assert one["backbone.fc.weight"].abs().max() > 5e-4  # from zero, 50 times the tolerance
@@ -262,7 +262,7 @@ def test_processes_share_the_batch_and_give_the_same_policy(processes, tmp_path)
 
 
 def test_mixed_precision_and_both_spellings(tmp_path):
-    run_script("gretta.py", "--dry-run", "--amp", "--num_samples", 1, "--run_dir", tmp_path / "run")
+    run_here("gretta", "--dry-run", "--amp", "--num_samples", 1, "--run_dir", tmp_path / "run")
     assert results_of(tmp_path / "run")["queries"] == 48 and json.loads((tmp_path / "run/args.json").read_text())["amp"] is True
 
 
@@ -281,9 +281,7 @@ def test_mixed_precision_is_for_the_networks_not_for_the_transforms(tmp_path, mo
         return transform(*arguments)
 
     monkeypatch.setattr(gretta, "transform_images", watched)
-    flags = ("--dry-run", "--amp", "--device", "cpu", "--reg", "test", "--run-dir", str(tmp_path / "run"))
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "gretta.py"), *flags])
-    gretta.main()
+    run_here("gretta", "--dry-run", "--amp", "--device", "cpu", "--reg", "test", "--run-dir", tmp_path / "run")
     assert len(seen) > 3 and not any(seen)
 
 

@@ -9,11 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from conftest import ROOT, results_of, run_script, state_of, without_times
+from conftest import ROOT, results_of, run_here, run_script, state_of, without_times
 
 import advaa
 import common
@@ -95,7 +94,7 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(script, signum, code, 
     assert line == [f"{script}.py: stopped by {signum.name}; continue with --resume --run-dir {directory}"]
     state = state_of(directory)
     assert not state["finished"] and (state["batches"] > 0 or state["epoch"] > 0) and not (directory / "results.json").exists()
-    run_script(f"{script}.py", *SMALL[script].split(), "--resume", "--run-dir", directory)
+    run_here(script, *SMALL[script].split(), "--resume", "--run-dir", directory)
     assert_same_run(directory, references[script])
 
 
@@ -186,16 +185,10 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_other_settings_are_refused_on_resume(script, tmp_path, monkeypatch, capfd):
-    def run_here(script: ModuleType, *flags: object) -> None:
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
-        script.main()
-
-    module = SCRIPTS[script]
-    run_here(module, "--dry-run", "--run-dir", tmp_path / "run")
+def test_other_settings_are_refused_on_resume(script, tmp_path):
+    run_here(script, "--dry-run", "--run-dir", tmp_path / "run")
     with pytest.raises(common.InputError, match=r"checkpoint.pt is of a run with other settings \(--seed was 0\): leave them"):
-        run_here(module, "--dry-run", "--resume", "--seed", "3", "--run-dir", tmp_path / "run")
+        run_here(script, "--dry-run", "--resume", "--seed", "3", "--run-dir", tmp_path / "run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,5 +253,5 @@ def test_torchrun_passes_sigterm_on_and_the_run_continues_with_another_number_of
     errors = process.communicate(timeout=200)[1]
     assert process.returncode != 0 and f"game_of_noise.py: stopped by SIGTERM; continue with --resume --run-dir {tmp_path / 'run'}" in errors
     assert not state_of(tmp_path / "run")["finished"]
-    run_script("game_of_noise.py", "--resume", *flags)
+    run_here("game_of_noise", "--resume", *flags)
     assert state_of(tmp_path / "run")["finished"] and results_of(tmp_path / "run")["clean_accuracy"] > 50
