@@ -262,7 +262,7 @@ def policy_pass(case: Case, device: torch.device) -> Make:
 def limit_of(case: Case, device: torch.device, quick: bool) -> tuple[list[Setting], Work]:
     """The least work that the case's step can be done with: its parts' settings, tried on some of the images, and one call of all."""
     settings = all_settings(device)
-    tried, repeats = (16, 2) if quick else (64, 3)
+    tried, repeats = (16, 2) if quick and case.dataset != "digits" else (64, 3)  # slim models: few images would not tell settings apart
     if case.script == "gretta":
         parts = [(forward_pass(case, device), 2 * case.factor * case.batch, settings), (policy_pass(case, device), case.batch, settings)]
     elif case.script == "advaa":
