@@ -13,7 +13,7 @@ its gradient is estimated from differences of losses under perturbed levels (evo
     torchrun --nproc_per_node 2 gretta.py --model resnext --est vanilla
 
 Reaches, when 20 % of the target domain train the policy (modified digits, 2,980 images, accuracy in %, seeds 0-2, two CPU cores):
-resnext 63.4 → 94.8 ± 0.3 (vanilla), 95.1 ± 0.5 (surrogate), 93.0 ± 0.6 (whitebox); wideresnet 73.9 → 96.5 ± 1.0, 96.7 ± 0.4, 97.2 ± 0.1.
+resnext 63.4 → 94.5 ± 0.3 (vanilla), 94.9 ± 0.2 (surrogate), 93.4 ± 0.7 (whitebox); wideresnet 73.9 → 96.6 ± 0.2, 97.2 ± 0.4, 97.5 ± 0.3.
 
 Differs from the paper's code: a loss difference per image and perturbation instead of one per batch, the policy in eval mode when tested,
 contrast about the mean, one warp for all geometric transforms. README.md has the whole list.
