@@ -25,7 +25,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,7 +133,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=None,
         help="hold a tenth of the training images out, to choose on (default: digits, which have 197 of their own; published runs train on all)",
     )
-    add("--eval-split", choices=("val", "test"), default="test", help="images the figures are measured on; val is for tuning")
+    add("--eval-split", choices=("val", "test"), default="test", help="images that are evaluated; val is for tuning")
     add("--test-batch-size", type=number(int, 1), default=200, help="images per batch when pictures on disk are evaluated")
     add = parser.add_argument_group("model").add_argument
     add("--model", help=f"{', '.join(dict.fromkeys(name for rows in SETTINGS.values() for name in rows))}, resnext, or one of torchvision's")
@@ -186,9 +185,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cutout", type=number(int, 0), metavar="PX", help="side of the square cut out of every view, last (default: 16 on CIFAR and fake, else 0)")
     add = parser.add_argument_group("optimiser").add_argument
     add("--lr", type=number(float, 0, open_low=True), help="of SGD with Nesterov momentum 0.9 (default: by data set and model)")
-    add("--weight-decay", type=number(float, 0), help="(default: by data set and model)")
+    add("--weight-decay", type=number(float, 0), help="of the classifier (default: by data set and model)")
     add("--lr-schedule", choices=("cosine", "step"), help="cosine to zero, or ×0.2 at 30, 60 and 80 %% (default: by data set and model)")
-    add("--epochs", type=number(int, 1), help="(default: by data set and model)")
+    add("--epochs", type=number(int, 1), help="passes over the training set (default: by data set and model)")
     add("--batch-size", type=number(int, 1), help="images per step over all ranks, before their M views (default: by data set and model)")
     args = parser.parse(argv, lambda given: settings_of(given.dataset, given.model))
     args.policy = args.policy or ("replay" if args.replay else "advaa")
@@ -364,6 +363,9 @@ def look_up(images: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     return tables.to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
 
 
+# Each kernel takes images uint8 (n, 3, H, W) and the values (n,) of their operation, float on the CPU; it returns a new uint8 tensor of that shape.
+
+
 def auto_contrast(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     """The levels of each channel stretched to 0..255; a flat channel stays."""
     levels = images.flatten(2)
@@ -388,6 +390,7 @@ def equalize(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
 
 
 def invert(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """255 minus each level."""
     return ~images
 
 
@@ -420,16 +423,19 @@ def luma(images: torch.Tensor) -> torch.Tensor:
 
 
 def contrast(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Away from, or towards, the image's mean grey."""
     pixels = images[0, 0].numel()
     total = luma(images).int().sum((1, 2, 3), keepdim=True)  # int64
     return blend((2 * total + pixels) // (2 * pixels), images, factors)  # from the mean, rounded
 
 
 def color(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Away from, or towards, each pixel's own grey."""
     return blend(luma(images), images, factors)
 
 
 def brightness(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Away from, or towards, black."""
     return blend(0.0, images, factors)
 
 
@@ -655,7 +661,8 @@ class Controller(nn.Module):
     def forward(
         self, policies: torch.Tensor | None = None, count: int = 0, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of given policies (M, Q, 2, 2), or of `count` sampled ones: the policies, log p of each (M,), and the entropy of each choice (M, Q, 2, 2) in nats."""
+        """Of given policies (M, Q, 2, 2), or of `count` sampled ones: the policies, log p of each (M,), and the entropy of each choice
+        (M, Q, 2, 2) in nats."""
         count = count if policies is None else len(policies)
         blank = self.embedding.weight.new_zeros(count, self.cell.input_size)
         start = self.cell.weight_hh.new_zeros(count, self.cell.hidden_size)
@@ -907,21 +914,22 @@ def main() -> None:
     args = parse_args()
     machine = common.start_machine(args.device, args.amp, args.seed)
     checkpoint = Path(args.run_dir or "") / "checkpoint.pt"
-    named = args.weights is not None and args.weights != common.argument_of_run(checkpoint.parent, "weights")  # to evaluate something else
+    named = args.weights != common.arguments_of_run(checkpoint.parent).get("weights")  # to evaluate something else
     use_run = common.has_checkpoint(args.run_dir) and (args.resume or (args.evaluate and not named))
     in_place = bool(use_run and args.evaluate)  # the run's own directory is evaluated again
     if args.evaluate and not in_place and not args.weights:
         missing = f"{checkpoint} does not exist" if args.run_dir else "--evaluate needs something to evaluate"
         raise InputError(f"{missing}: name a run of {SCRIPT} with --run-dir, or a checkpoint of --model with --weights")
     if in_place:
-        common.check_in_place(checkpoint.parent, args, ("dataset", "model", "eval_split"), f"evaluate --weights {checkpoint} instead")
+        held = {name: getattr(args, name) for name in ("dataset", "model", "eval_split")}  # and what check_unchanged compares
+        common.check_in_place(checkpoint.parent, held, args.dry_run, f"evaluate --weights {checkpoint} instead")
     method = args.policy
     if args.evaluate and not in_place:
         file = Path(args.weights)  # a run's checkpoint goes by the name of its directory, a published one by its own
         method = f"{file.resolve().parent.name}-{file.stem}" if file.name in ("checkpoint.pt", "best.pt") else file.stem
         method = args.weights if args.weights in common.PUBLISHED_WEIGHTS else method
 
-    # Data: everything is read, or its folders checked, before the first file is written.
+    # Data: everything is looked for before the first file is written.
     if args.eval_split == "val" and not args.validation:
         raise InputError("--eval-split val needs validation images that are not trained on: add --validation")
     sets = common.load_sets(
@@ -950,21 +958,22 @@ def main() -> None:
     if args.batch_size < machine.world_size:
         raise InputError(f"a batch of {args.batch_size} is smaller than the {machine.world_size} processes: raise --batch-size")
     largest = -(-args.batch_size // machine.world_size)  # images of a rank, and so one policy's views there
-    if args.view_batch and args.view_batch < largest:
+    if args.view_batch and args.view_batch < largest and not args.evaluate:
         raise InputError(
             f"--view-batch {args.view_batch} is smaller than one policy's {largest} views: raise it, lower --batch-size, or use more processes"
         )
     steps_per_epoch = 1 if args.dry_run else n_train // args.batch_size
     total_steps = args.epochs * steps_per_epoch
-    workers = 0 if args.dry_run else min(args.workers, (os.cpu_count() or 1) // machine.world_size)
+    workers = 0 if args.dry_run else machine.workers(args.workers)
     replayed = read_policies(args.replay, args.epochs, args.M, args.Q) if args.policy == "replay" and not args.evaluate else None
     directory = Path(args.run_dir) if in_place else common.run_directory(SCRIPT, vars(args), method, machine)
-    saved = common.read_checkpoint(directory, "remove the directory to start afresh") if use_run else None
+
     # What a run cannot change when it is continued: the meaning of its history, its place in the schedule, its images.
     names = ("dataset", "model", "policy", "replay", "seed", "M", "Q", "num_ops", "reward", "batch_size", "epochs")
     names += ("num_train", "eval_split", "validation")
     fixed = {key: getattr(args, key) for key in names}
     fixed["view_batch"] = bool(args.view_batch)
+    saved = common.read_checkpoint(directory, "remove the directory to start afresh") if use_run else None
     if saved is not None and saved.get("script") != "advaa":
         raise InputError(f"{checkpoint} holds no run of {SCRIPT}: choose another --run-dir, or evaluate it with --weights")
     if saved is not None:
@@ -980,7 +989,7 @@ def main() -> None:
     elif args.weights:
         final = common.load_checkpoint(classifier, args.weights, machine, args.dry_run)
     classifier.to(machine.device, memory_format=machine.weight_layout)
-    optimizer = torch.optim.SGD(classifier.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.SGD(classifier.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True)
     scaler = common.grad_scaler(machine)
     # The controller is small and lives on the CPU of every rank alike, as do all draws but the model's own (Shake-Shake, ShakeDrop: per rank).
     with torch.random.fork_rng(devices=[]):
@@ -1025,6 +1034,9 @@ def main() -> None:
         count = sum(parameter.numel() for parameter in classifier.parameters())
         print(f"{n_train} training images, {steps_per_epoch} steps of {args.batch_size} images × {args.M} views per epoch; {n_test} test images")
         print(f"{args.model}: {count:,} parameters" + (f", from {final}" if final else ""))
+        if args.model not in SETTINGS[args.dataset] and not args.evaluate:
+            first = next(iter(SETTINGS[args.dataset]))
+            print(f"note: {args.model} has no settings of its own for {args.dataset}; what was not given is as for {first}")
         for note in sets.notes + notes:
             print(f"note: {note}")
         if args.resume and saved is None:
@@ -1161,14 +1173,16 @@ def main() -> None:
         history.append({"epoch": epoch} | figures)
         run.log(step, **history[-1])
         place, totals, policies, entropies, epoch_start = common.EPOCH_START, torch.zeros_like(totals), None, None, generator.get_state()
+        improved = figures.get("val_error", math.inf) < best["val_error"]
+        if improved:
+            best = {"epoch": epoch, "val_error": figures["val_error"]}
         if machine.is_main:
-            if figures.get("val_error", math.inf) < best["val_error"]:
-                best = {"epoch": epoch, "val_error": figures["val_error"]}
+            if improved:
                 common.save_atomically(best | {"state_dict": classifier.state_dict()}, directory / "best.pt")
             if records:
                 common.write_text(directory / "policies.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         due = pace.due(step, now=True)
-        if due or epoch % args.checkpoint_every == 0 or epoch == epochs:
+        if due or improved or epoch % args.checkpoint_every == 0 or epoch == epochs:  # improved: best.pt is of the run that continues
             common.save_run(checkpoint_state(), directory, machine)
             pace.saved()
         pace.end()

@@ -147,7 +147,7 @@ def load_split(dataset: str, split: str, data_root: str | Path = "data", downloa
         parts = [corruptions.read(name, severity) for name in corruptions.names for severity in corruptions.severities]
         return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
     if dataset not in NUM_CLASSES:
-        raise InputError(f"unknown data set '{dataset}': choose {', '.join(NUM_CLASSES)}")
+        raise InputError(f"unknown data set '{dataset}': choose {', '.join(NUM_CLASSES)}, mnist-c, cifar10-c or cifar100-c")
     if download and dataset in ARCHIVES:
         fetch(dataset, data_root)
     images, labels = load_mnist(split, data_root) if dataset == "mnist" else load_cifar(dataset, split, data_root)
@@ -1951,6 +1951,11 @@ def normalise_inside(model: nn.Module, mean: tuple, std: tuple) -> nn.Module:
     return model
 
 
+def normalise_input(model: nn.Module, inputs: tuple) -> tuple:
+    mean, std = model.normalisation.to(inputs[0].dtype).split(1)
+    return ((inputs[0] - mean) / std,)
+
+
 def check_input_size(model: nn.Module, name: str, size: int) -> None:
     """Raise InputError where the model does not take square images of this size: some of torchvision's need 224 px."""
     training = model.training
@@ -1960,20 +1965,6 @@ def check_input_size(model: nn.Module, name: str, size: int) -> None:
     except (RuntimeError, AssertionError, ValueError) as error:
         raise InputError(f"model '{name}' does not take {size} px images: {str(error).splitlines()[0]}; choose another --model") from error
     model.train(training)
-
-
-def normalise_input(model: nn.Module, inputs: tuple) -> tuple:
-    mean, std = model.normalisation.to(inputs[0].dtype).split(1)
-    return ((inputs[0] - mean) / std,)
-
-
-@contextlib.contextmanager
-def warnings_off() -> Iterator[None]:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def load_weights(model: nn.Module, file: str | Path) -> nn.Module:
@@ -2118,7 +2109,8 @@ def load_imagenet_weights(model: nn.Module, name: str, machine: "Machine", dry_r
 def train_classifier(
     name: str, machine: "Machine", data_root: str | Path = "data", epochs: int = 30, batch_size: int = 50, dataset: str = "digits"
 ) -> nn.Module:
-    """A classifier of digits or mnist: SGD with Nesterov momentum 0.9, weight decay 5e-4, one-cycle learning rate, label smoothing 0.1, mild augmentation."""
+    """A classifier of digits or mnist: SGD with Nesterov momentum 0.9, weight decay 5e-4, one-cycle learning rate, label smoothing 0.1, mild
+    augmentation."""
     from tqdm import tqdm
 
     lr, seed = 0.1, 0
@@ -2145,8 +2137,17 @@ def train_classifier(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Machine: device, mixed precision, processes, seeds
+# Machine: device, mixed precision, processes, seeds, signals
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def warnings_off() -> Iterator[None]:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class Machine(NamedTuple):
@@ -2175,6 +2176,10 @@ class Machine(NamedTuple):
     @property
     def weight_layout(self) -> torch.memory_format:
         return torch.contiguous_format if self.device.type == "cpu" else torch.channels_last
+
+    def workers(self, wanted: int) -> int:
+        """Of the wanted processes that decode pictures, as many as this process's share of the machine's cores allows."""
+        return min(wanted, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp_dtype or torch.bfloat16, enabled=self.amp_dtype is not None)
@@ -2225,7 +2230,7 @@ def start_machine(device: str = "auto", amp: bool = False, seed: int = 0) -> Mac
     if amp:
         amp_dtype = torch.float16 if use_cuda and not torch.cuda.is_bf16_supported(including_emulation=False) else torch.bfloat16
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)  # NumPy takes 32 bits
     torch.manual_seed(seed)
     return Machine(chosen, rank, world_size, amp_dtype)
 
@@ -2239,7 +2244,7 @@ class Interrupted(BaseException):
 
 
 class Stop:
-    """What run_script's signal handlers know: whether a step must be finished first, and whether a signal waits."""
+    """What run_script's signal handlers know: whether a step must be finished first, whether a signal waits, and the run's directory."""
 
     deferred, signum, directory = False, 0, None
 
@@ -2650,7 +2655,8 @@ class Parser(argparse.ArgumentParser):
             earlier = Path(given.run_dir) / "args.json"  # the run that is continued or used: its own settings go before those of --load-conf
             configurations += [earlier] if earlier.is_file() else []
         for configuration in configurations:
-            self.set_defaults(**self.read_configuration(configuration, functools.partial(translate, given=given)))
+            label = f"--load-conf {configuration}" if configuration == given.load_conf else str(configuration)
+            self.set_defaults(**self.read_configuration(configuration, label, functools.partial(translate, given=given)))
         given = self.parse_args(argv)
         for name, value in published(given).items():
             if getattr(given, name, "") is None:
@@ -2662,21 +2668,22 @@ class Parser(argparse.ArgumentParser):
         name, equals, value = word.partition("=")
         return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
-    def read_configuration(self, file: str | Path, translate: Callable[[dict], dict]) -> dict:
+    def read_configuration(self, file: str | Path, label: str, translate: Callable[[dict], dict]) -> dict:
+        """The flags that a JSON file sets, checked as on the command line; an error begins with the label."""
         try:
             values = json.loads(Path(file).read_text())
             if not isinstance(values, dict):
                 raise ValueError("not a JSON object")
             values = translate(values)
         except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:  # of another form than expected
-            self.error(f"--load-conf {file}: {error}")
+            self.error(f"{label}: {error}")
         actions = {action.dest: action for action in self._actions}
         # What an earlier run's args.json says of that run, not of the method.
         skipped = set(ENVIRONMENT_KEYS) | {"run_dir", "resume", "load_conf", "evaluate", "predict", "export", "dry_run"}
         values = {key.replace("-", "_"): value for key, value in values.items()}
         unknown = sorted(set(values) - set(actions) - skipped)
         if unknown:
-            self.error(f"--load-conf {file}: unknown settings {', '.join(unknown)}")
+            self.error(f"{label}: unknown settings {', '.join(unknown)}")
         defaults = {}
         for key, value in values.items():
             if key in skipped:
@@ -2684,17 +2691,17 @@ class Parser(argparse.ArgumentParser):
             action = actions[key]
             switch = isinstance(action, (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse.BooleanOptionalAction))
             if switch and not isinstance(value, bool):
-                self.error(f"--load-conf {file}: {key} is true or false, not {value!r}")
+                self.error(f"{label}: {key} is true or false, not {value!r}")
             if isinstance(value, str) and not value.isprintable():
-                self.error(f"--load-conf {file}: {key} holds characters that cannot be printed")
+                self.error(f"{label}: {key} holds characters that cannot be printed")
             if value is None and action.default is not None:
-                self.error(f"--load-conf {file}: {key} is null, but needs a value")
+                self.error(f"{label}: {key} is null, but needs a value")
             if value is not None and not switch:
                 try:  # the same checks as on the command line
                     value = self._get_value(action, str(value))
                     self._check_value(action, value)
                 except argparse.ArgumentError as error:
-                    self.error(f"--load-conf {file}: {error}")
+                    self.error(f"{label}: {error}")
             defaults[key] = value
         return defaults
 
@@ -2817,21 +2824,21 @@ class Run:
         return results
 
 
-def argument_of_run(directory: Path, name: str) -> object:
-    """An argument that a run was started with; None where there is no such run."""
-    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
-        return json.loads((directory / "args.json").read_text()).get(name)
-    return None
+def arguments_of_run(directory: Path) -> dict:
+    """What a run was started with, its args.json; nothing where there is no such run."""
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        return dict(json.loads((directory / "args.json").read_text()))
+    return {}
 
 
-def check_in_place(directory: Path, args: argparse.Namespace, names: tuple[str, ...], instead: str) -> None:
+def check_in_place(directory: Path, settings: dict, dry_run: bool, instead: str) -> None:
     """Before a run is evaluated in its own directory: InputError, ending in `instead`, where that would replace its results by those of other
-    settings (`names`, and --dry-run)."""
-    if args.dry_run and not argument_of_run(directory, "dry_run"):
+    settings, or of a dry run."""
+    held = arguments_of_run(directory)
+    if dry_run and not held.get("dry_run"):
         raise InputError(f"--dry-run would overwrite the results of {directory}: leave it out")
-    for name in names:
-        value, held = getattr(args, name), argument_of_run(directory, name)
-        if held is not None and value != held:
+    for name, value in settings.items():
+        if name in held and value != held[name]:
             raise InputError(f"--{name.replace('_', '-')} {value} would overwrite the results of {directory}: {instead}")
 
 
@@ -3098,7 +3105,7 @@ def default_checkpoint(dataset: str, model: str) -> str | None:
 
 
 def find_checkpoint(given: str, machine: "Machine", dry_run: bool = False) -> Path | None:
-    """The file that --weights means: a name of PUBLISHED_WEIGHTS (see published_file), or a path, which is returned as it is."""
+    """The file that --weights means: a name of PUBLISHED_WEIGHTS (see published_file), or a path, which is returned as it is. None: a dry run lacks it."""
     return published_file(given, machine, dry_run) if given in PUBLISHED_WEIGHTS else Path(given)
 
 
@@ -3149,7 +3156,8 @@ def load_checkpoint(model: nn.Module, given: str, machine: "Machine", dry_run: b
 def download(url: str, file: Path, sha256_prefix: str | None = None, md5: str | None = None) -> Path:
     """Fetch `url` to `file` unless it is there. The file appears whole or not at all; InputError says what went wrong, and what to do.
 
-    A server that answers with a page (Google Drive, when many asked for a file or it is gone) is refused before anything is written. What came before a connection broke off waits in `<file>.part`, and the next call goes on from there where the server can (a Range request).
+    A server that answers with a page (Google Drive, when many asked for a file or it is gone) is refused before anything is written. What came
+    before a connection broke off waits in `<file>.part`, and the next call goes on from there where the server can (a Range request).
     sha256_prefix (the first digits of the checksum, as in torchvision's file names) or md5: a file of another checksum is removed.
     """
     if file.is_file():

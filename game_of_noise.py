@@ -22,7 +22,6 @@ clean half of a batch stays clean, and the norm after clipping is exactly ε. RE
 import argparse
 import copy
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -158,13 +157,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--imagenetc-path",
         "--corruptions-path",
         metavar="DIR",
-        help="ImageNet-C, <corruption>/<severity>/<class>/, or another corrupted test set (default: imagenet-c, CIFAR-10-C, … in --data-root)",
+        help="ImageNet-C, <corruption>/<severity>/<class>/, or another corrupted test set (default: CIFAR-10-C, imagenet-c, … in --data-root)",
     )
     add("--generate-corruptions", action="store_true", help="make the 15 corruptions of the test images where the published ones are not on disk")
     add("--datadir-sin", metavar="DIR", help="Stylized-ImageNet: a folder with train/, for --mode ANT+SIN (default: <data-root>/sin)")
     add("-j", "--workers", type=number(int, 0), help=f"processes that decode pictures, at most one per core {by_data_set('workers')}")
     add("-tb", "--test-batch-size", type=number(int, 1), default=256, help="images per batch when pictures on disk are evaluated")
-    add("--eval-split", choices=("val", "test"), default="test", help="images that are evaluated at the end; val is for tuning")
+    add("--eval-split", choices=("val", "test"), default="test", help="images that are evaluated; val is for tuning")
     add = parser.add_argument_group("model").add_argument
     add(
         "--model",
@@ -359,10 +358,10 @@ def mixed_batch(images: torch.Tensor, z: torch.Tensor, generators: list[Callable
 
 
 @torch.no_grad()
-def baseline_batch(images: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor, speckle: bool, clean: int) -> torch.Tensor:
-    """The first `clean` images as they are, the others under Gaussian noise x + σ·z or speckle noise x + x·σ·z, clipped; sigma (B,)."""
+def baseline_batch(images: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor, mode: str, clean: int) -> torch.Tensor:
+    """The first `clean` images as they are, the others under Gaussian noise x + σ·z or, mode Speckle, x + x·σ·z, clipped; sigma (B,)."""
     noise = sigma[clean:, None, None, None] * z[clean:]
-    noisy = images[clean:] + (noise * images[clean:] if speckle else noise)
+    noisy = images[clean:] + (noise * images[clean:] if mode == "Speckle" else noise)
     return torch.cat([images[:clean], noisy.clamp(0, 1)])
 
 
@@ -374,7 +373,8 @@ def baseline_batch(images: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor, s
 def noise_loss(
     classifier: nn.Module, generate: Callable, images: torch.Tensor, labels: torch.Tensor, z: torch.Tensor, epsilon: float, machine: common.Machine
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of CE(f(clip(x + η·g(z))), y) that the generator maximises, and the number of answers that are still right. The classifier is in eval mode."""
+    """The sum of CE(f(clip(x + η·g(z))), y) that the generator maximises, and the number of answers that are still right. The classifier is in
+    eval mode."""
     with machine.autocast():
         noise = generate(machine.layout(z))
     noisy = machine.layout(project(images, noise.float(), epsilon))
@@ -479,7 +479,7 @@ def epsilon_star(model: Callable, images: torch.Tensor, labels: torch.Tensor, no
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data and evaluation: digits are tensors and digits-C is generated; ImageNet and ImageNet-C are folders
+# Data and evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -654,7 +654,7 @@ def draw_curves(file: Path, history: list[dict], title: str) -> None:
     left.plot(epochs, [entry["loss"] for entry in history], marker="o", markersize=3)
     left.set(xlabel="epoch", ylabel="cross entropy", title="training loss, mean of each epoch")
     for key, label in curves.items():
-        if history and key in history[0]:
+        if key in history[0]:
             right.plot(epochs, [entry[key] for entry in history], marker="o", markersize=3, label=label)
     right.set(xlabel="epoch", ylabel="accuracy (%)", title="accuracy")
     for axis in (left, right):
@@ -695,21 +695,22 @@ def main() -> None:
     machine = common.start_machine(args.device, args.amp, args.seed)
     ant = args.mode.startswith("ANT")
     checkpoint = Path(args.run_dir or "") / "checkpoint.pt"
-    named = args.model_name or args.weights != common.argument_of_run(checkpoint.parent, "weights")  # to evaluate something else
+    named = args.model_name or args.weights != common.arguments_of_run(checkpoint.parent).get("weights")  # to evaluate something else
     use_run = common.has_checkpoint(args.run_dir) and (args.resume or (args.evaluate and not named))
     in_place = bool(use_run and args.evaluate)  # the run's own directory is evaluated again
     if args.evaluate and args.run_dir and not (in_place or args.model_name or args.weights):
         raise InputError(f"{checkpoint} does not exist: name a run of {SCRIPT} with --run-dir, or what to evaluate with --model-name or --weights")
     if in_place:
-        names = ("dataset", "model", "mode", "ng_type", "eval_split", "epsilon", "star_iterations")
-        common.check_in_place(checkpoint.parent, args, names, f"evaluate --weights {checkpoint} instead")
+        names = ("dataset", "model", "mode", "ng_type", "seed", "eval_split", "epsilon", "fresh_lr", "star_iterations", "batch_size")
+        held = {name: getattr(args, name) for name in names}
+        common.check_in_place(checkpoint.parent, held, args.dry_run, f"evaluate --weights {checkpoint} instead")
     method = method_name(args.mode, args.ng_type)
     if args.evaluate and not in_place:
         file = Path(args.weights or "clean")  # a run's checkpoint goes by the name of its directory, a published one by its own
         published = args.weights if args.weights in common.PUBLISHED_WEIGHTS else None
         method = args.model_name or published or (file.resolve().parent.name if file.name == "checkpoint.pt" else file.stem)
 
-    # Data: every folder is checked before the first file is written.
+    # Data: everything is looked for before the first file is written.
     in_folders = args.dataset in ("imagenet", "folder")
     if "SIN" in args.mode and not args.evaluate and not in_folders:
         raise InputError(
@@ -742,7 +743,7 @@ def main() -> None:
     sin_size = max(math.ceil(SIN_IMAGES * args.batch_size / 70), machine.world_size) if stylised_data is not None else 0
     if common.count_images(stylised_data) < sin_size:
         raise InputError(f"{common.count_images(stylised_data)} stylised images are fewer than the {sin_size} that a batch takes: see --datadir-sin")
-    workers = 0 if args.dry_run else min(args.workers, (os.cpu_count() or 1) // machine.world_size)
+    workers = 0 if args.dry_run else machine.workers(args.workers)
     steps_per_epoch = (1 if args.dry_run else n_train // args.batch_size) if n_train else 0
     directory = Path(args.run_dir) if in_place else common.run_directory(SCRIPT, vars(args), method, machine)
 
@@ -754,13 +755,13 @@ def main() -> None:
     if saved is not None and (saved.get("script") != "game_of_noise" or saved.get("method") != method):
         raise InputError(f"{checkpoint} holds no run of {SCRIPT} with {method}: choose another --run-dir, or evaluate it with --weights")
     if saved is not None:
-        common.check_run(saved, checkpoint, step=int, epoch=int, history=list, memory=list, finished=bool)
+        common.check_run(saved, checkpoint, step=int, epoch=int, history=list, memory=list, finished=bool, fixed=dict)
     if saved is not None and not in_place:
         common.check_unchanged(saved, fixed, checkpoint)
 
     # Models.
-    name = ARCHITECTURES.get(args.model, args.model)
-    classifier = common.build_model(name, sets.num_classes, args.dataset)
+    architecture = ARCHITECTURES.get(args.model, args.model)
+    classifier = common.build_model(architecture, sets.num_classes, args.dataset)
     common.check_input_size(classifier, args.model, sets.size)
     final = checkpoint if use_run else None  # what takes the place of what training starts, or started, from
     if args.evaluate and not use_run and args.weights:
@@ -774,7 +775,7 @@ def main() -> None:
     if args.weights and (has_before if in_place else not args.evaluate):
         origin = common.load_checkpoint(classifier, args.weights, machine, args.dry_run)
     elif (has_before or final is None) and not lacking:
-        origin = common.load_pretrained(classifier, name, args.dataset, machine, args.data_root, args.dry_run)
+        origin = common.load_pretrained(classifier, architecture, args.dataset, machine, args.data_root, args.dry_run)
     before = copy.deepcopy(classifier) if has_before else None
     if saved is not None:
         common.load_content(classifier, saved, checkpoint)
@@ -836,7 +837,7 @@ def main() -> None:
         state |= {"batches": batches, "epoch_start": epoch_start, "generator": generator.get_state()}
         return state | {"totals": machine.all_rows(totals.clone()[None]), "random_states": common.random_states(machine)}
 
-    # The game.
+    # Training.
     if args.compile:
         classifier.compile()  # in place: the keys of its state dict stay
     distributed = common.distribute(classifier, machine)
@@ -847,7 +848,7 @@ def main() -> None:
 
     def stylised_batches(epoch: int, start: int) -> Iterator:
         """Stylised images without end, from batch `start` of the epoch on; their order is the epoch's own."""
-        draws = torch.Generator(machine.device).manual_seed(args.seed * 1_000_003 + epoch)
+        draws = torch.Generator(machine.device).manual_seed((args.seed * 1_000_003 + epoch) % 2**63)
         while True:
             whole = common.count_images(stylised_data) // sin_size
             yield from common.image_batches(stylised_data, sin_size, draws, machine, workers, place=common.Place(min(start, whole)))
@@ -901,7 +902,7 @@ def main() -> None:
             else:
                 sigmas = common.constant(SIGMAS.get(args.mode, (args.std_gauss,)), z)
                 drawn = torch.randint(len(sigmas), (args.batch_size,), generator=generator, device=machine.device)
-                mixed = baseline_batch(images, z, sigmas[machine.own_rows(drawn)], args.mode == "Speckle", own[0])
+                mixed = baseline_batch(images, z, sigmas[machine.own_rows(drawn)], args.mode, own[0])
             if sin_size:
                 extra = next(stylised)
                 mixed, labels = torch.cat([mixed, extra[0]]), torch.cat([labels, extra[1]])
@@ -981,7 +982,7 @@ def main() -> None:
         "seed": args.seed,
         "n_train": n_train,
         "n_eval": n_test,
-        "protocol": protocol_line(args.dataset, name, args.eval_split, sets, args.epsilon, has_reference),
+        "protocol": protocol_line(args.dataset, architecture, args.eval_split, sets, args.epsilon, has_reference),
         "clean_accuracy": clean[0]["top1_accuracy"],
         "clean_top5_accuracy": clean[0]["top5_accuracy"],
         "corruptions": corruptions[0],
@@ -996,7 +997,8 @@ def main() -> None:
     if has_before:
         results["before"] = {"clean_accuracy": clean[-1]["top1_accuracy"], "corruptions": corruptions[-1]}
     if in_place:
-        results |= common.kept_results(directory, *(() if has_before else ("before",)))
+        gone = ("n_train",) if sets.train is None else ()  # what is not on disk any more to be trained on, once was
+        results |= common.kept_results(directory, *gone, *(() if has_before else ("before",)))
     if machine.is_main:
         title = f"{method} on {args.dataset}, {args.model}, seed {args.seed}"
         shown, shown_labels = common.gather_images(sets.test, 8, 0, machine)
@@ -1073,8 +1075,9 @@ def print_results(results: dict, directory: Path) -> str:
 
 
 def write_report(file: Path, text: str) -> None:
+    """The closing table as a file, as the published code leaves it."""
     file.parent.mkdir(exist_ok=True)
-    file.write_text(text)
+    common.write_text(file, text)
     print(f"written to {file}")
 
 

@@ -21,11 +21,13 @@ contrast about the mean, one warp for all geometric transforms. README.md has th
 
 import argparse
 import contextlib
+import copy
 import csv
 import logging
 import math
 import os
 import time
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -112,7 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", choices=tuple(SETTINGS), default="digits", type=common.dataset_name, help="digits comes with the repository")
     add("--data-root", default="data", metavar="DIR", help="where the data sets lie; with --dataset folder, your train/ and val/ or test/")
     add("--fake-shape", type=common.fake_shape, default=common.FAKE_SHAPE, metavar="N,CLASSES,H,W", help="of --dataset fake: random images")
-    add("--corruptions-path", metavar="DIR", help="the corrupted test set (default: CIFAR-100-C, imagenet-c, … in --data-root)")
+    add("--corruptions-path", metavar="DIR", help="the corrupted test set (default: CIFAR-10-C, imagenet-c, … in --data-root)")
     add("--generate-corruptions", action="store_true", help="make the 15 corruptions of the test images where the published ones are not on disk")
     add("--uncertain", choices=("ones", "zeros", "ignore"), default="ones", help="what CheXpert's uncertain labels (-1) are taken for")
     add("--workers", type=number(int, 0), help="processes that decode pictures, at most one per core; sets that fit in memory live on the device")
@@ -196,7 +198,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=number(int, 1),
         help="passes over the training part (default: 2; digits, mnist, folder: as many as make 120 steps; digits' whitebox 300)",
     )
-    add("--batch-size", type=number(int, 1), help="images per step over all ranks (default: by data set)")
+    add("--batch-size", type=number(int, 2), help="images per step over all ranks (default: by data set)")
     args = parser.parse(argv, lambda given: SETTINGS[given.dataset][given.est], from_source)
     if args.train_on == "target" and args.dataset not in TARGETS:
         parser.error(f"--train-on target: {args.dataset} has no labelled target domain; choose --train-on augmented")
@@ -424,7 +426,10 @@ def consistency_loss(policy: Callable, images: torch.Tensor, levels: torch.Tenso
 
 
 class BlackBox:
-    """A frozen classifier, from images in [0, 1] to logits. It counts the images that it is shown; no gradient flows through it unless `whitebox`."""
+    """A frozen classifier, from images in [0, 1] to logits; no gradient flows through it unless `whitebox`.
+
+    It counts the images that it is shown, which is what distillation costs; training counts its own in `totals`.
+    """
 
     def __init__(self, classifier: nn.Module, machine: common.Machine, whitebox: bool):
         self.classifier = classifier.eval().requires_grad_(False)
@@ -455,8 +460,6 @@ class Program(nn.Module):
 
 def program_kind(file: str | Path) -> str:
     """What kind of program a file holds: "onnx" by its suffix, "torchscript" or "torch.export" by what is in the archive. InputError for anything else."""
-    import zipfile
-
     if not Path(file).is_file():
         raise InputError(f"--blackbox {file}: no such file")
     if Path(file).suffix.lower() == ".onnx":
@@ -566,7 +569,8 @@ def correct_answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def level_loss(query: Callable, images: torch.Tensor, labels: torch.Tensor, transform: str, chunk: int, totals: torch.Tensor | None = None) -> Loss:
     """The function from levels (P·B, K) to losses (P·B,) of the transformed images, asked for in chunks; labels as label_losses takes them.
 
-    totals (3 or more,) accumulates the sum of losses, the number of correct answers and the number of rows.
+    totals (3 or more,) accumulates the sum of losses, the number of correct answers and the number of rows. The function's `start` is the
+    number of the first of these rows, where they are a chunk (true_gradient).
     """
 
     def loss(levels: torch.Tensor, start: int = 0) -> torch.Tensor:
@@ -596,18 +600,10 @@ def shared_loss(loss: Loss, count: int, global_count: int, machine: common.Machi
     return mean
 
 
-def find_student(args: argparse.Namespace, shipped: Path, num_classes: int, machine: common.Machine) -> nn.Module | None:
-    """The student that is given; or that the run which is resumed distilled; or that belongs to the classifier. None: it is yet to be distilled."""
-    at_hand = []
-    if args.resume and common.has_checkpoint(args.run_dir):
-        at_hand.append(str(Path(args.run_dir) / "student.pt"))
-    if not args.weights and not args.blackbox:
-        at_hand.append(f"gretta-{args.model}-student" if args.dataset == "cifar100" else str(shipped))
-    at_hand = [file for file in at_hand if file in common.PUBLISHED_WEIGHTS or Path(file).is_file()]
-    if not args.student and not at_hand:
-        return None
-    student = common.build_model("student", num_classes, args.dataset)
-    common.load_checkpoint(student, args.student or at_hand[0], machine, args.dry_run)
+def load_student(weights: str, dataset: str, num_classes: int, machine: common.Machine, dry_run: bool) -> nn.Module:
+    """A student at hand: `weights` is a checkpoint, or a name of weights/README.md. Raises InputError where it is missing or of another model."""
+    student = common.build_model("student", num_classes, dataset)
+    common.load_checkpoint(student, weights, machine, dry_run)
     return student.to(machine.device, memory_format=machine.weight_layout).eval().requires_grad_(False)
 
 
@@ -677,8 +673,6 @@ def crop_scores(query: Callable, images: torch.Tensor, dataset: str, flips: bool
 
 def adapt_batch_norm(classifier: nn.Module) -> nn.Module:
     """A copy of the classifier whose batch-norm layers use the statistics of the test batch (Nado et al. 2020, Schneider et al. 2020)."""
-    import copy
-
     adapted = copy.deepcopy(classifier)
     for module in adapted.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -716,7 +710,10 @@ def evaluate_predictors(
             return model(images.contiguous(memory_format=torch.channels_last)).float()
 
     none, ask_policy = partial(query, classifier), partial(query, policy)
-    adapted = partial(query, adapt_batch_norm(classifier)) if {"bn_adapt", "gretta_bn_adapt"} & {*names} else None
+    adapted_model = adapt_batch_norm(classifier) if {"bn_adapt", "gretta_bn_adapt"} & {*names} else None
+
+    def adapted(images: torch.Tensor) -> torch.Tensor:  # one alone goes in twice: the same statistics, which torch won't take of a single value
+        return query(adapted_model, torch.cat([images, images]) if len(images) == 1 else images)[: len(images)]
 
     def after_each_step(images: torch.Tensor) -> torch.Tensor:
         seen, _ = gretta_steps(ask_policy, images, transform, steps)
@@ -809,8 +806,6 @@ def export_program(file: str | Path, policy: nn.Module, classifier: nn.Module, t
     images (N, 3, H, W) uint8, on the device of policy and classifier. Returns the largest difference between the program's logits of
     these images and those of the modules themselves. A classifier of --blackbox must be a torch.export program. InputError where torch.export fails.
     """
-    import copy
-
     cpu = torch.device("cpu")
     images = common.to_float(images)
     expected = AugmentedClassifier(policy.eval(), classifier, transform, steps)(images).cpu()
@@ -983,7 +978,7 @@ def predict_folder(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Main
+# Data
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1041,17 +1036,19 @@ def load_sets(
     train_on: str,
     dataset: str,
     proportion: float,
-    split: str,
     data_root: str,
+    machine: common.Machine,
+    *,
+    split: str,
     reg: str,
     uncertain: str,
-    machine: common.Machine,
     workers: int,
     train: bool,
     dry_run: bool,
     **where: object,
 ) -> TargetSets:
-    """Everything the run needs; `train`: to train a policy, not only to use one. `where` goes to common.load_sets: corrupted_directory, generate, fake_shape. Raises InputError for what is missing."""
+    """Everything the run needs; `train`: to train a policy, not only to use one. `where` goes to common.load_sets: corrupted_directory,
+    generate, fake_shape. Raises InputError for what is missing."""
     target = train_on == "target"
     corruptions, num_classes, size, reg_images = None, len(common.FINDINGS), 224, None
     in_folders = dataset in ("imagenet", "folder")
@@ -1125,6 +1122,11 @@ def on_device(data: Data, machine: common.Machine) -> Data:
     return tuple(part.to(machine.device) for part in data) if isinstance(data, tuple) else data
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def main() -> None:
     started = time.perf_counter()
     args = parse_args()
@@ -1135,27 +1137,29 @@ def main() -> None:
         raise InputError("--evaluate needs a trained policy: name its run with --run-dir, or its file with --weights-policy")
 
     in_place = use_policy and not args.weights_policy  # the run's own directory is evaluated again, or predicts
+    checkpoint = Path(args.run_dir or "") / "checkpoint.pt"
     if in_place and common.has_checkpoint(args.run_dir):
         instead = "evaluate it with --weights-policy RUN_DIR/checkpoint.pt"
-        names = ("dataset", "model", "train_on", "proportion", "target_split", "transform", "policy", "sigmoid", "uncertain", "steps")
-        common.check_in_place(Path(args.run_dir), args, names, instead)
+        names = ("dataset", "model", "weights", "blackbox", "est", "seed", "train_on", "proportion", "target_split", "transform", "policy", "sigmoid")
+        names += ("uncertain", "steps")
+        common.check_in_place(checkpoint.parent, {name: getattr(args, name) for name in names}, args.dry_run, instead)
 
     # Data: everything is looked for before the first file is written.
     if args.export:
         check_export(args.export, args.blackbox)
-    workers = 0 if args.dry_run else min(args.workers, (os.cpu_count() or 1) // machine.world_size)
+    workers = 0 if args.dry_run else machine.workers(args.workers)
     sets = load_sets(
         args.train_on,
         args.dataset,
         args.proportion,
-        args.target_split,
         args.data_root,
-        args.reg,
-        args.uncertain,
         machine,
-        workers,
-        not use_policy,
-        args.dry_run,
+        split=args.target_split,
+        reg=args.reg,
+        uncertain=args.uncertain,
+        workers=workers,
+        train=not use_policy,
+        dry_run=args.dry_run,
         corrupted_directory=args.corruptions_path,
         generate=args.generate_corruptions,
         fake_shape=args.fake_shape,
@@ -1172,7 +1176,7 @@ def main() -> None:
             f"{n_train} images to train the policy on are fewer than a batch of {args.batch_size}: lower --batch-size or raise --proportion"
         )
     if args.batch_size < machine.world_size:
-        raise InputError(f"--batch-size {args.batch_size} is smaller than the {machine.world_size} processes")
+        raise InputError(f"a batch of {args.batch_size} is smaller than the {machine.world_size} processes: raise --batch-size")
     if args.epochs is None:
         args.epochs = math.ceil(SETTINGS[args.dataset][args.est]["updates"] / max(steps_per_epoch, 1))
     if args.checkpoint_every is None:
@@ -1197,29 +1201,37 @@ def main() -> None:
     scaler = common.grad_scaler(machine)
     generator = torch.Generator(machine.device).manual_seed(args.seed)  # alike on every rank: order, noise, augmentation
     shipped_student = common.WEIGHTS / f"{args.dataset}-{args.model}-student.pt"  # kept there once it was distilled
-    student = find_student(args, shipped_student, sets.num_classes, machine) if args.est == "surrogate" and not use_policy else None
+    student = None
+    if args.est == "surrogate" and not use_policy:
+        # The one that is given; or that the run which is resumed distilled; or that belongs to the classifier. Else it is yet to be distilled.
+        own = [str(checkpoint.with_name("student.pt"))] if args.resume and common.has_checkpoint(args.run_dir) else []
+        if not args.weights and not args.blackbox:
+            own.append(f"gretta-{args.model}-student" if args.dataset == "cifar100" else str(shipped_student))
+        own = [file for file in own if file in common.PUBLISHED_WEIGHTS or Path(file).is_file()]
+        if args.student or own:
+            student = load_student(args.student or own[0], args.dataset, sets.num_classes, machine, args.dry_run)
     queries_distillation = 0
 
     # What a run cannot change when it is continued: the meaning of its history, its place in the schedule, its images.
     names = ("dataset", "model", "est", "seed", "policy", "sigmoid", "transform", "train_on", "proportion", "target_split", "uncertain", "reg")
     names += ("opt", "epochs", "batch_size", "num_samples", "credit")
-    fixed = {name: getattr(args, name) for name in names}
+    fixed = {key: getattr(args, key) for key in names}
 
-    # The run's directory, and what it holds already.
+    # What the run's directory holds already.
     directory = Path(args.run_dir) if use_policy and args.run_dir else None
     saved = None
     if use_policy:
         advice = "give the checkpoint.pt of a finished run"
         saved = common.load_tensors(args.weights_policy, advice) if args.weights_policy else common.read_checkpoint(directory, advice)
-        common.load_content(policy, saved, args.weights_policy or directory / "checkpoint.pt")
+        common.load_content(policy, saved, args.weights_policy or checkpoint)
         saved = saved if "history" in saved else None  # a bare state dict says nothing of its run
     elif args.resume and common.has_checkpoint(args.run_dir):
         saved = common.read_checkpoint(args.run_dir, "remove the directory to start afresh")
-        common.load_content(policy, saved, Path(args.run_dir) / "checkpoint.pt")
+        common.load_content(policy, saved, checkpoint)
         if "optimizer" not in saved:
-            raise InputError(f"{args.run_dir}/checkpoint.pt holds a policy but no run to continue: evaluate it with --evaluate")
+            raise InputError(f"{checkpoint} holds a policy but no run to continue: evaluate it with --evaluate")
     if saved is not None:
-        file = Path(args.weights_policy or Path(args.run_dir) / "checkpoint.pt")
+        file = Path(args.weights_policy or checkpoint)
         numbers = dict.fromkeys(("step", "epoch", "queries", "queries_distillation"), int)
         common.check_run(saved, file, **numbers, history=list, finished=bool, fixed=dict)
         # A trained policy is used as it was trained; a run goes on as it was begun.
@@ -1231,7 +1243,7 @@ def main() -> None:
         results = common.read_results(Path(args.run_dir))
         if machine.is_main:
             print(f"{args.run_dir} holds a finished run:")
-            with common.reading_run(Path(args.run_dir) / "results.json", "evaluate the run again with --evaluate"):
+            with common.reading_run(checkpoint.with_name("results.json"), "evaluate the run again with --evaluate"):
                 print_results(results, Path(args.run_dir))
         return
     if not in_place:
@@ -1239,7 +1251,7 @@ def main() -> None:
     arguments = vars(args) | {"run_dir": str(directory)}
     run = common.Run(directory, machine, None if in_place else arguments, saved["step"] if saved and not args.weights_policy else None, started)
     if machine.is_main:
-        print(" ".join(f"{name}={value}" for name, value in arguments.items()))
+        print(" ".join(f"{key}={value}" for key, value in arguments.items()))
         print(
             f"{n_train} images train the policy, {len(sets.test)} set{'s' * (len(sets.test) > 1)} evaluate it; {num_levels} levels, "
             f"{args.batch_size * (1 if args.est == 'whitebox' else args.num_samples * 2)} queries per step"
@@ -1255,7 +1267,7 @@ def main() -> None:
         images = common.gather_images(distilled_from(args.dataset, args.data_root, sets), 10_000, workers, machine)[0]
         epochs = 1 if args.dry_run else math.ceil(1000 / max(1, len(images) // 100))  # a thousand steps
         student = distil_student(black_box, images, args.dataset, sets.num_classes, machine, epochs, min(100, len(images)), seed=0)
-        queries_distillation, black_box.queries = black_box.queries, 0
+        queries_distillation = black_box.queries
         if machine.is_main:
             common.save_atomically(student.state_dict(), directory / "student.pt")
         machine.barrier()
@@ -1268,7 +1280,8 @@ def main() -> None:
             black_box.classifier = torch.compile(black_box.classifier)
     step = queries = epoch = 0
     history: list[dict] = []
-    state, place, totals = saved, common.EPOCH_START, torch.zeros(4, dtype=torch.float64, device=machine.device)  # float32 can't count 2²⁴ queries
+    place = common.EPOCH_START
+    totals = torch.zeros(4, dtype=torch.float64, device=machine.device)  # sums over the epoch; float32 can't count 2²⁴ queries
     if saved is not None:
         step, queries, epoch, history = saved["step"], saved["queries"], saved["epoch"], saved["history"]
         queries_distillation = saved["queries_distillation"]
@@ -1280,11 +1293,11 @@ def main() -> None:
             common.restore_random_states(saved["random_states"], machine)
     epoch_start = saved["epoch_start"] if place.batches else generator.get_state()
 
-    def checkpoint_state(batches: int = 0) -> dict:
+    def checkpoint_state(batches: int = 0, finished: bool = False) -> dict:
         """After so many batches of the epoch; on every rank alike but for the random states, which are gathered."""
         state = {"state_dict": policy.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "fixed": fixed}
         state |= {"generator": generator.get_state(), "epoch_start": epoch_start, "batches": batches}
-        state |= {"totals": machine.all_rows(totals.clone()[None]), "random_states": common.random_states(machine), "finished": False}
+        state |= {"totals": machine.all_rows(totals.clone()[None]), "random_states": common.random_states(machine), "finished": finished}
         return state | {"step": step, "epoch": epoch, "queries": queries, "queries_distillation": queries_distillation, "history": history}
 
     def ask_policy(images: torch.Tensor) -> torch.Tensor:  # mixed precision is for the networks, not for the transforms
@@ -1300,10 +1313,9 @@ def main() -> None:
     while epoch < args.epochs and not use_policy:
         policy.train()
         pace.begin()
-        batches = place.batches  # done in this epoch; totals: sums over it of loss, correct answers and rows of the queries, and of the objective
-        for images, labels in common.plain_batches(
-            sets.train, args.batch_size, generator, machine, workers, place
-        ):  # this rank's rows (b, 3, H, W), (b,)
+        done = place.batches  # in this epoch; totals: sums over it of loss, correct answers and rows of the queries, and of the objective
+        # This rank's rows: (b, 3, H, W), (b,).
+        for images, labels in common.plain_batches(sets.train, args.batch_size, generator, machine, workers, place):
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * step / total_steps))
             images = common.to_float(images)
@@ -1338,22 +1350,22 @@ def main() -> None:
             scaler.scale(objective).backward()
             scaler.step(optimizer)
             scaler.update()
-            step, batches = step + 1, batches + 1
-            if step % args.log_every == 0 or step == total_steps:
+            step, done = step + 1, done + 1
+            if step % args.log_every == 0:
                 loss_now, correct, rows_now, _ = common.finite_totals(machine.all_sum(totals.clone()), step, args.lr, directory)
                 shown = {"loss": loss_now / rows_now, "accuracy": 100 * correct / rows_now}
                 run.log(step, **shown, lr=group["lr"], queries=queries + int(rows_now))
                 speed = (queries + rows_now - resumed_at) / (time.perf_counter() - clock)
                 progress.set_postfix_str(f"loss {shown['loss']:.3f}, accuracy {shown['accuracy']:.1f} %, {speed:.0f} queries/s", refresh=False)
                 progress.update(step - progress.n)
-            if batches < steps_per_epoch and pace.due(step):
-                state = checkpoint_state(batches)
-                common.save_run(state, directory, machine)
+            if done < steps_per_epoch and pace.due(step):
+                common.save_run(checkpoint_state(done), directory, machine)
                 pace.saved()
         epoch += 1
         loss_sum, correct, rows, _ = common.finite_totals(machine.all_sum(totals), step, args.lr, directory)
         queries += int(rows)
         place, totals, epoch_start = common.EPOCH_START, torch.zeros_like(totals), generator.get_state()
+        progress.update(step - progress.n)
         regular = epoch % args.checkpoint_every == 0 or epoch == args.epochs
         if regular:
             val_accuracy = evaluate(sets.val, steps=1, names=("gretta",))["gretta"]["accuracy"]
@@ -1362,8 +1374,7 @@ def main() -> None:
             )
             run.log(step, **history[-1])
         if pace.due(step, now=True) or regular:
-            state = checkpoint_state()
-            common.save_run(state, directory, machine)
+            common.save_run(checkpoint_state(), directory, machine)
             pace.saved()
         pace.end()
     progress.close()
@@ -1426,9 +1437,12 @@ def main() -> None:
         if args.predict:
             predict_folder(files, pictures, directory, classifier, policy, args.transform, args.steps, args.dataset, machine)
     run.log(step, **{f"test_{name}": value for name, value in accuracy.items()})
-    results = run.finish(results | (common.kept_results(directory) if in_place else {}))
+    if in_place:  # what is not on disk any more to be trained on, once was
+        results |= common.kept_results(directory, *(() if sets.train is not None else ("n_train", "protocol")))
+    results = run.finish(results)
+    if not use_policy:
+        common.save_run(checkpoint_state(finished=True), directory, machine)
     if machine.is_main and not use_policy:
-        common.save_run(state | {"finished": True}, directory, machine)
         if queries_distillation and args.dataset in ("digits", "mnist") and not (args.weights or args.blackbox or args.dry_run):
             common.save_atomically(student.state_dict(), shipped_student)  # for later runs
     if machine.is_main:

@@ -163,6 +163,26 @@ def test_transfer_and_collapse(run, tmp_path):
         assert controller["collapsed"] == collapsed and (controller["entropy_last"] < advaa.COLLAPSED) == collapsed
 
 
+def test_the_checkpoint_knows_the_epoch_of_best(tmp_path, monkeypatch):
+    """A run that goes on from an earlier checkpoint, with another learning rate, would else report the best epoch of the one it left."""
+    events, save_run, save_atomically = [], common.save_run, common.save_atomically
+
+    def watch_best(state: dict, file: Path, **options: object) -> None:
+        events.append(("best.pt", state["epoch"]) if file.name == "best.pt" else ("other", 0))
+        save_atomically(state, file, **options)
+
+    def watch_run(state: dict, *where: object) -> None:
+        events.append(("checkpoint", state["best"]["epoch"]))
+        save_run(state, *where)
+
+    monkeypatch.setattr(common, "save_atomically", watch_best)
+    monkeypatch.setattr(common, "save_run", watch_run)
+    run_advaa(*SMALL[:-4], "--validation", "--eval-split", "test", "--checkpoint-every", 100, "--run-dir", tmp_path / "run")
+    written = [index for index, event in enumerate(events) if event[0] == "best.pt"]
+    assert written and all(next(event for event in events[index:] if event[0] == "checkpoint")[1] == events[index][1] for index in written)
+    assert sum(event[0] == "checkpoint" for event in events) >= len(written) + 1  # that of the end
+
+
 def test_evaluate_repeats_the_figures(run, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(run, directory)
@@ -391,3 +411,8 @@ def test_a_view_batch_of_any_size_gives_the_same_run(tmp_path):
         hook.remove()
     with pytest.raises(common.InputError, match="--view-batch 9 is smaller than one policy's 10 views"):
         run_advaa(*SMALL, "--view-batch", 9, "--run-dir", tmp_path / "small")
+    # Two processes could have trained with it; one process evaluates what they made.
+    figures = results_of(tmp_path / "10")
+    common.write_json(tmp_path / "10" / "args.json", json.loads((tmp_path / "10" / "args.json").read_text()) | {"view_batch": 5})
+    run_advaa("--evaluate", "--run-dir", tmp_path / "10")
+    assert results_of(tmp_path / "10") == figures

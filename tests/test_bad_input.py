@@ -45,7 +45,7 @@ def gretta_refuses_here(refuses_here, tmp_path):
     "flag, value",
     [
         *(("--proportion", value) for value in ("0", "1", "-0.1", "nan", "abc")),
-        ("--batch-size", "0"),
+        ("--batch-size", "1"),
         *(("--num-samples", value) for value in ("0", "-3")),
         ("--sigma", "0"),
         ("--alpha", "1.5"),
@@ -285,7 +285,8 @@ def test_resume_of_a_damaged_run(what, tmp_path, gretta_refuses_here):
         checkpoint.write_bytes(RESNEXT.read_bytes()[:1000])
     else:
         torch.save(torch.load(RESNEXT, weights_only=True) if what.startswith("other") else state, checkpoint)
-    gretta_refuses_here("--resume", names=(run / "args.json" if "args" in what else checkpoint,))
+    line = gretta_refuses_here("--resume", names=(run / "args.json" if "args" in what else checkpoint,))
+    assert "--load-conf" not in line  # which was not given
 
 
 # ---------------------------------------------------------------------------------------------------- --evaluate, --predict

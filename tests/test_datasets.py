@@ -174,14 +174,14 @@ def test_a_folder_to_tune_on(tmp_path):
     for number, name in enumerate(("cat", "dog")):
         make_pictures(tmp_path / "train" / name, 20, number, suffix="png")
         make_pictures(tmp_path / "test" / name, 4, 5 + number, suffix="png")
-    flags = (10.0, tmp_path, "none", "ones", MACHINE, 0, True, False)
-    sets = gretta.load_sets("target", "folder", 0.5, "val", *flags[1:])
+    options = {"reg": "none", "uncertain": "ones", "workers": 0, "train": True, "dry_run": False}
+    sets = gretta.load_sets("target", "folder", 0.5, tmp_path, MACHINE, split="val", **options)
     shown = next(iter(sets.test.values()))()
     assert (len(sets.train), len(shown)) == (2, 2) and {"train"} == {
         Path(file.decode()).parent.parent.name for file in [*sets.train.files, *shown.files]
     }
     assert set(sets.train.files).isdisjoint(shown.files)
-    sets = gretta.load_sets("target", "folder", 0.25, "test", *flags[1:])
+    sets = gretta.load_sets("target", "folder", 0.25, tmp_path, MACHINE, split="test", **options)
     shown = next(iter(sets.test.values()))()
     assert (len(sets.train), len(sets.val), len(shown)) == (2, 2, 4)
     names = [set(part.files) for part in (sets.train, sets.val, shown)]
@@ -401,6 +401,8 @@ def test_gretta_with_the_configuration_of_its_source(tmp_path):
     assert {key: arguments[key] for key in expected} == expected and arguments["student"] is None
     assert results["n_train"] == 32 and results["n_eval"] == 75 and list(results["corruptions"]) == [*common.CORRUPTIONS, "mean"]
     assert "CIFAR-100-C as published, 15 corruptions x severities 1-5" in results["protocol"]
+    run_here("gretta", "--evaluate", "--dry-run", "--run-dir", tmp_path / "resnext")
+    assert results_of(tmp_path / "resnext") == results
     run_here(
         "gretta", "--load-conf", tmp_path / "conf.json", "--model", "wideresnet", "--est", "surrogate", "--dry-run", "--run-dir", tmp_path / "wrn"
     )

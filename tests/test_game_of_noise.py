@@ -246,7 +246,7 @@ def test_a_mixed_batch_leaves_its_images_and_their_clean_half_alone():
 def test_baselines_have_the_noise_they_name():
     images, z = torch.full((400, 3, 8, 8), 0.5), torch.randn(400, 3, 8, 8)
     sigma = torch.tensor([0.05, 0.1]).repeat(200)
-    gaussian, speckle = (game_of_noise.baseline_batch(images, z, sigma, speckle, 200) for speckle in (False, True))
+    gaussian, speckle = (game_of_noise.baseline_batch(images, z, sigma, mode, 200) for mode in ("Gauss_mult", "Speckle"))
     assert torch.equal(gaussian[:200], images[:200])
     for start, expected in ((200, 0.05), (201, 0.1)):
         assert (gaussian - images)[start::2].std().item() == pytest.approx(expected, rel=0.02)

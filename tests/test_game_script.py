@@ -131,7 +131,7 @@ def test_evaluate_repeats_the_figures_and_writes_the_report(run, tmp_path):
 
 
 def test_an_evaluation_in_place_is_of_the_runs_own_settings(run):
-    for flags in (("--eval-split", "test"), ("--epsilon", "3"), ("--star-iterations", "5"), ("--dry-run",)):
+    for flags in (("--eval-split", "test"), ("--epsilon", "3"), ("--star-iterations", "5"), ("--fresh-lr", "0.5"), ("--seed", "5"), ("--dry-run",)):
         names = (f"{flags[0]} ", "would overwrite the results of", run)
         refused(run, "game_of_noise.py", "--evaluate", "--run-dir", run, *flags, names=names)
 
@@ -247,6 +247,14 @@ def test_training_commands_of_the_source(method, imagenet, tmp_path):
     assert arguments["epsilon"] == 135 and arguments["std_gauss"] == 0.5 and arguments["lr"] == 1e-3
     assert set(results["severities"]) == set(common.CORRUPTIONS) and all(len(values) == 5 for values in results["severities"].values())
     assert len(state_of(tmp_path / "run")["memory"]) == (2 if method.startswith("ANT") else 0)
+    if method == "Gauss_single":  # a machine without the training images evaluates it, too
+        train, away = imagenet / "imagenet" / "train", imagenet / "away"
+        train.rename(away)
+        try:
+            run_script("game_of_noise.py", "-e", "--dry-run", "--run-dir", tmp_path / "run", cwd=imagenet)
+        finally:
+            away.rename(train)
+        assert results_of(tmp_path / "run")["n_train"] == 18
 
 
 @pytest.mark.slow

@@ -339,6 +339,20 @@ def test_batch_norm_adaptation_uses_the_batch_and_leaves_the_classifier_alone():
         assert torch.allclose(adapted(images * 0.5 + 0.25), adapted(images), atol=1e-3)  # the first layer's statistics absorb a change of contrast
 
 
+def test_batch_norm_adaptation_of_a_single_image():
+    """torch refuses the statistics of a single value, which is what the last maps (1×1) of a small image leave."""
+    images = pictures(1)
+    for name in ("resnext", "resnet18"):
+        model = common.build_model(name, 10, "fake").eval()
+        scores = gretta.adapt_batch_norm(model)(torch.cat([images, images])).detach()
+        if name == "resnext":  # its last maps are larger
+            torch.testing.assert_close(gretta.adapt_batch_norm(model)(images).detach(), scores[:1], rtol=1e-3, atol=1e-4)
+        for label in (scores[0].argmax(), scores[0].argmin()):
+            data = (common.to_uint8(images), label[None])
+            accuracy = gretta.evaluate_predictors(model, gretta.Policy("resnet18", 4, False, "zero"), data, "geometry", 1, MACHINE, ("bn_adapt",))
+            assert accuracy["bn_adapt"]["accuracy"] == (100 if label == scores[0].argmax() else 0)
+
+
 def test_the_policy_in_front_of_batch_norm_adaptation():
     """gretta_bn_adapt: bn_adapt itself for the identity, and for another policy bn_adapt of the images that it transforms."""
     model = common.load_weights(common.build_model("resnext", 10, "digits"), common.WEIGHTS / "digits-resnext.pt").eval()

@@ -91,7 +91,8 @@ def test_evaluate_repeats_the_accuracy_and_applies_more_steps(run, tmp_path):
     assert results_of(run) == before  # the times too are those of the run
     assert sum("test_gretta" in line for line in log_of(run)) == 1
     run_here("gretta", "-e", "True", "--weights-policy", run / "checkpoint.pt", *SMALL, "--steps", 2, "--run-dir", tmp_path / "two")
-    refuse = (("--target-split", "test"), ("--steps", 2), ("--dry-run",), ("--proportion", 0.5))
+    refuse = (("--target-split", "test"), ("--steps", 2), ("--dry-run",), ("--proportion", 0.5), ("--est", "whitebox"), ("--seed", 4))
+    refuse += (("--weights", ROOT / "weights/digits-resnext.pt"),)  # the run's own were not named
     for flags in refuse:  # the run's results are its own
         refused(run, "gretta.py", "--evaluate", "--run-dir", run, *flags, names=(f"{flags[0]} ", "would overwrite the results of", run))
     refused(run, "gretta.py", "-e", "--weights-policy", run / "checkpoint.pt", *SMALL, "--sigmoid", names=("--sigmoid was False",))

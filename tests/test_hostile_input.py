@@ -864,8 +864,10 @@ def test_fake_images_larger_than_the_memory():
 
 
 def test_seeds_that_torch_takes():
-    for seed in (0, 2**31, 2**62):
-        torch.Generator().manual_seed(common.number(int, 0)(str(seed)))
+    with torch.random.fork_rng():
+        for seed in (0, 2**31, 2**62):
+            common.start_machine("cpu", seed=common.number(int, 0)(str(seed)))
+            assert torch.initial_seed() == seed
 
 
 def test_policies(tmp_path):
@@ -906,7 +908,8 @@ def test_results(script, tmp_path):
     for content in HOSTILE_JSON:
         file.write_bytes(content)
         assert attempt(lambda: common.table([tmp_path]), file) is None
-        common.argument_of_run(tmp_path, "seed")
+        (tmp_path / "args.json").write_bytes(content)
+        assert isinstance(common.arguments_of_run(tmp_path), dict)
 
     @examples(200)
     @given(st.dictionaries(st.sampled_from([*RESULTS["gretta"], "train_on", "top1_error"]), json_values, min_size=1, max_size=3))
