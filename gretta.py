@@ -917,17 +917,22 @@ def draw_curves(file: Path, history: list[dict], baseline: float, title: str) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_folder(folder: str, size: int, dataset: str = "digits") -> tuple[list[Path], torch.Tensor]:
-    """The picture files of a folder, sorted by name, and their pixels as (N, 3, size, size) uint8: RGB, the shorter side scaled, the centre cut out
-    (for data sets of pictures as these are evaluated)."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
+def picture_files(folder: str) -> list[Path]:
+    """The picture files of a folder, sorted by name. Raises InputError where there are none."""
     if not Path(folder).is_dir():
         raise InputError(f"--predict {folder}: no such folder")
     files = sorted(file for file in Path(folder).iterdir() if file.suffix.lower() in common.IMAGE_SUFFIXES and file.is_file())
     if not files:
         raise InputError(f"--predict {folder}: no pictures in it (looked for {', '.join(common.IMAGE_SUFFIXES)})")
+    return files
+
+
+def read_pictures(files: list[Path], size: int, dataset: str = "digits") -> torch.Tensor:
+    """Pictures as (N, 3, size, size) uint8: RGB, the shorter side scaled, the centre cut out (for data sets of pictures as these are evaluated).
+    Raises InputError for one that cannot be read."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
     images = []
     for file in files:
         try:
@@ -940,7 +945,7 @@ def read_folder(folder: str, size: int, dataset: str = "digits") -> tuple[list[P
             images.append(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1))
         except Exception as error:  # a damaged picture raises whatever its decoder meets
             raise InputError(f"--predict: {file} is not a readable image ({error}): remove it from the folder") from error
-    return files, torch.stack(images)
+    return torch.stack(images)
 
 
 @torch.no_grad()
@@ -1013,9 +1018,9 @@ def set_aside(labels: torch.Tensor, proportion: float) -> tuple[torch.Tensor, to
 class TargetSets(NamedTuple):
     """What a run learns from and is tested on; tensors are on the device."""
 
-    train: Data
+    train: Data | None  # None where nothing is trained
     test: dict[str, Callable[[], Data]]  # made, or read, when they are asked for
-    val: Data  # shifted validation images for the curves
+    val: Data | None  # shifted validation images for the curves
     reg: torch.Tensor | None  # unlabelled images (N, 3, H, W) for the regulariser
     source: str  # for the protocol
     corruptions: common.Corruptions | None
@@ -1135,7 +1140,7 @@ def main() -> None:
     use_policy = bool(args.evaluate or (args.predict and (args.run_dir or args.weights_policy)))  # a trained one: nothing is trained
     if use_policy and not args.weights_policy and not args.run_dir:
         raise InputError("--evaluate needs a trained policy: name its run with --run-dir, or its file with --weights-policy")
-
+    files = picture_files(args.predict) if args.predict else []
     in_place = use_policy and not args.weights_policy  # the run's own directory is evaluated again, or predicts
     checkpoint = Path(args.run_dir or "") / "checkpoint.pt"
     if in_place and common.has_checkpoint(args.run_dir):
@@ -1144,27 +1149,40 @@ def main() -> None:
         names += ("uncertain", "steps")
         common.check_in_place(checkpoint.parent, {name: getattr(args, name) for name in names}, args.dry_run, instead)
 
+    # A trained policy. For a folder of pictures it needs no data set: its checkpoint says what the classifier takes and how many classes it tells apart.
+    saved = shape = None
+    if use_policy:
+        advice = "give the checkpoint.pt of a finished run"
+        saved = common.load_tensors(args.weights_policy, advice) if args.weights_policy else common.read_checkpoint(Path(args.run_dir), advice)
+    only_predict = use_policy and args.predict and not args.evaluate and not args.export
+    if only_predict and isinstance(saved, dict):
+        shape = saved.get("num_classes"), saved.get("size")
+        shape = shape if all(isinstance(value, int) and 0 < value <= 4096 for value in shape) else None  # else the data set says it
+
     # Data: everything is looked for before the first file is written.
     if args.export:
         check_export(args.export, args.blackbox)
     workers = 0 if args.dry_run else machine.workers(args.workers)
-    sets = load_sets(
-        args.train_on,
-        args.dataset,
-        args.proportion,
-        args.data_root,
-        machine,
-        split=args.target_split,
-        reg=args.reg,
-        uncertain=args.uncertain,
-        workers=workers,
-        train=not use_policy,
-        dry_run=args.dry_run,
-        corrupted_directory=args.corruptions_path,
-        generate=args.generate_corruptions,
-        fake_shape=args.fake_shape,
-    )
-    files, pictures = read_folder(args.predict, sets.size, args.dataset) if args.predict else ([], None)
+    if shape:
+        sets = TargetSets(None, {}, None, None, "", None, *shape)
+    else:
+        sets = load_sets(
+            args.train_on,
+            args.dataset,
+            args.proportion,
+            args.data_root,
+            machine,
+            split=args.target_split,
+            reg=args.reg,
+            uncertain=args.uncertain,
+            workers=workers,
+            train=not use_policy,
+            dry_run=args.dry_run,
+            corrupted_directory=args.corruptions_path,
+            generate=args.generate_corruptions,
+            fake_shape=args.fake_shape,
+        )
+    pictures = read_pictures(files, sets.size, args.dataset) if files else None
     if args.dry_run:
         sets = sets._replace(train=common.keep_some(sets.train, min(args.batch_size, 32)))
     n_train = common.count_images(sets.train)
@@ -1219,10 +1237,7 @@ def main() -> None:
 
     # What the run's directory holds already.
     directory = Path(args.run_dir) if use_policy and args.run_dir else None
-    saved = None
     if use_policy:
-        advice = "give the checkpoint.pt of a finished run"
-        saved = common.load_tensors(args.weights_policy, advice) if args.weights_policy else common.read_checkpoint(directory, advice)
         common.load_content(policy, saved, args.weights_policy or checkpoint)
         saved = saved if "history" in saved else None  # a bare state dict says nothing of its run
     elif args.resume and common.has_checkpoint(args.run_dir):
@@ -1249,6 +1264,14 @@ def main() -> None:
     if not in_place:
         directory = common.run_directory(SCRIPT, vars(args), args.est, machine)
     arguments = vars(args) | {"run_dir": str(directory)}
+    if only_predict:
+        if machine.is_main:
+            directory.mkdir(parents=True, exist_ok=True)
+            if not in_place:
+                common.write_json(directory / "args.json", arguments | common.environment(machine))
+            predict_folder(files, pictures, directory, classifier, policy, args.transform, args.steps, args.dataset, machine)
+            print(f"{len(files)} pictures: predictions.csv, predictions.png and predictions/ in {directory}")
+        return
     run = common.Run(directory, machine, None if in_place else arguments, saved["step"] if saved and not args.weights_policy else None, started)
     if machine.is_main:
         print(" ".join(f"{key}={value}" for key, value in arguments.items()))
@@ -1298,6 +1321,7 @@ def main() -> None:
         state = {"state_dict": policy.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "fixed": fixed}
         state |= {"generator": generator.get_state(), "epoch_start": epoch_start, "batches": batches}
         state |= {"totals": machine.all_rows(totals.clone()[None]), "random_states": common.random_states(machine), "finished": finished}
+        state |= {"num_classes": sets.num_classes, "size": sets.size}  # for --predict
         return state | {"step": step, "epoch": epoch, "queries": queries, "queries_distillation": queries_distillation, "history": history}
 
     def ask_policy(images: torch.Tensor) -> torch.Tensor:  # mixed precision is for the networks, not for the transforms

@@ -326,7 +326,8 @@ def test_predict_of_an_unreadable_picture(name, keep, tmp_path):
     Image.effect_noise((40, 40), 50).save(folder / "fine.png")
     Image.effect_noise((40, 40), 50).save(folder / name)
     (folder / name).write_bytes((folder / name).read_bytes()[:keep])
-    gretta_refuses(tmp_path, "--predict", folder, names=("--predict", folder / name))
+    torch.save(gretta.Policy("resnet18", 4, False, "zero").state_dict(), tmp_path / "policy.pt")
+    gretta_refuses(tmp_path, "--predict", folder, "--weights-policy", tmp_path / "policy.pt", names=("--predict", folder / name))
 
 
 @pytest.mark.parametrize("suffix", [suffix for suffix in common.IMAGE_SUFFIXES if suffix not in (".jpeg", ".tif")])
@@ -341,7 +342,7 @@ def test_pictures_damaged_anywhere_are_refused_by_name(suffix, tmp_path, recwarn
         for damaged in (whole[:place], bytes(changed)):
             file.write_bytes(damaged)
             try:
-                gretta.read_folder(str(tmp_path), 32)
+                gretta.read_pictures(gretta.picture_files(str(tmp_path)), 32)
             except common.InputError as error:
                 assert str(file) in str(error)
                 faults += 1

@@ -111,7 +111,9 @@ def test_predict_a_folder_of_pictures(run, tmp_path):
         picture = Image.fromarray(images[i].permute(1, 2, 0).numpy())
         picture.resize((32 + 8 * i, 32 + 4 * i)).convert("L" if i % 2 else "RGB").save(folder / f"{i}.{'jpg' if i % 3 else 'png'}")
     (folder / "notes.txt").write_text("no picture")
-    run_here("gretta", "--predict", folder, "--run-dir", run)
+    before = {file: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    text = run_here("gretta", "--predict", folder, "--run-dir", run, "--data-root", tmp_path / "none")  # it takes no data set
+    assert "10 pictures" in text and {file: file.read_bytes() for file in before} == before  # and evaluates nothing
     with open(run / "predictions.csv") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["file"] for row in rows] == sorted(file.name for file in folder.iterdir() if file.suffix != ".txt")
@@ -123,6 +125,9 @@ def test_predict_a_folder_of_pictures(run, tmp_path):
             confidence, label = classifier(common.to_float(pixels)).softmax(1).max(1)
             assert int(row[f"class_{state}"]) == label.item() and float(row[f"confidence_{state}"]) == pytest.approx(confidence.item(), abs=2e-3)
     assert (run / "predictions.png").is_file() and sorted(file.name for file in folder.iterdir())[0] == "0.png"
+    run_here("gretta", "--predict", folder, "--weights-policy", run / "checkpoint.pt", "--run-dir", tmp_path / "own")
+    assert (tmp_path / "own/predictions.csv").read_text() == (run / "predictions.csv").read_text() and (tmp_path / "own/args.json").is_file()
+    assert not (tmp_path / "own/results.json").exists()
 
 
 @pytest.mark.parametrize("est, transform, extra", [("vanilla", "full", ["--sigmoid", "--opt", "rmsprop"]), ("surrogate", "geometry", ["--alpha", "0.2"]), ("surrogate", "color", ["--reg", "test"]), ("whitebox", "full", ["--reg", "gaussian_noise", "--opt", "sgd"]), ("whitebox", "color", ["--init", "stochastic", "--model", "wideresnet"])])  # fmt: skip

@@ -448,7 +448,7 @@ def picture_valid(pictures: list[torch.Tensor]) -> None:
 
 def read_all_ways(file: Path) -> list[torch.Tensor]:
     folder = folder_of(file)
-    return [folder[0, None][0], folder[0, 3][0], gretta.read_folder(str(file.parent), 32)[1][0]]
+    return [folder[0, None][0], folder[0, 3][0], gretta.read_pictures(gretta.picture_files(str(file.parent)), 32)[0]]
 
 
 KINDS = {"png": {}, "jpg": {}, "gif": {}, "bmp": {}, "webp": {}, "tiff": {"compression": "tiff_lzw"}}
@@ -508,7 +508,11 @@ def picture_bombs() -> dict[str, bytes]:
 def test_picture_bombs(name, tmp_path, capfd):
     file = tmp_path / "picture.png"
     file.write_bytes(picture_bombs()[name])
-    for call in (lambda: folder_of(file)[0, None], lambda: folder_of(file)[0, 3], lambda: gretta.read_folder(str(tmp_path), 32)):
+    for call in (
+        lambda: folder_of(file)[0, None],
+        lambda: folder_of(file)[0, 3],
+        lambda: gretta.read_pictures(gretta.picture_files(str(tmp_path)), 32),
+    ):
         result = attempt(call, file)
         assert result is None or name == "comment"
     assert capfd.readouterr().err == ""
