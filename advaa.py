@@ -921,7 +921,7 @@ def main() -> None:
         missing = f"{checkpoint} does not exist" if args.run_dir else "--evaluate needs something to evaluate"
         raise InputError(f"{missing}: name a run of {SCRIPT} with --run-dir, or a checkpoint of --model with --weights")
     if in_place:
-        held = {name: getattr(args, name) for name in ("dataset", "model", "eval_split")}  # and what check_unchanged compares
+        held = {name: getattr(args, name) for name in ("dataset", "model", "eval_split", "generate_corruptions")}  # and what check_unchanged compares
         common.check_in_place(checkpoint.parent, held, args.dry_run, f"evaluate --weights {checkpoint} instead")
     method = args.policy
     if args.evaluate and not in_place:
@@ -1019,9 +1019,11 @@ def main() -> None:
             return
         with common.continues(checkpoint):
             optimizer.load_state_dict(saved["optimizer"])
+            optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # these may be others from now on, as --lr
             scaler.load_state_dict(saved["scaler"])
             controller.load_state_dict(saved["controller"])
             controller_optimizer.load_state_dict(saved["controller_optimizer"])
+            controller_optimizer.param_groups[0]["lr"] = args.controller_lr
             place = common.restore_place(saved, generator)
             policy_generator.set_state(saved["policy_generator"])
             common.restore_random_states(saved["random_states"], machine)
@@ -1202,6 +1204,8 @@ def main() -> None:
         corruptions = {name: errors[name] for name in sets.corruptions.names}
         corruptions["mean"] = sum(corruptions.values()) / len(corruptions)
         extra = {name: errors[name] for name in sets.corruptions.extra}
+    kept = common.kept_results(directory, "n_train") if in_place else {}  # what is not on disk any more to be trained on, once was
+    n_train = kept.get("n_train", n_train)
     flips = {} if perturbed is None else evaluate_flips(classifier, perturbed, machine, args.dry_run)
     entropy = [entry["entropy"] for entry in history if "entropy" in entry]
     results = {
@@ -1212,7 +1216,7 @@ def main() -> None:
         "seed": args.seed,
         "n_train": n_train,
         "n_eval": n_test,
-        "protocol": protocol_line(args.dataset, args.model, args.eval_split, sets, shifted, epoch, args.epochs, args.M),
+        "protocol": protocol_line(args.dataset, args.model, args.eval_split, sets, shifted, n_train, epoch, args.epochs, args.M),
         "top1_error": 100 - clean["top1_accuracy"],
         "top5_error": 100 - clean["top5_accuracy"],
         "shifted": shifted_errors,
@@ -1226,8 +1230,7 @@ def main() -> None:
     results |= {"extra_corruptions": extra} if extra else {}
     results |= {"flip_probability": flips} if flips else {}
     results |= {"best_on_validation": best} if "epoch" in best else {}
-    if in_place:  # what is not on disk any more to be trained on, once was
-        results |= common.kept_results(directory, *(() if sets.train is not None else ("n_train", "protocol")))
+    results |= kept
     if machine.is_main:
         title = f"{method} on {args.dataset}, {args.model}, seed {args.seed}"
         if history:
@@ -1274,7 +1277,9 @@ def epoch_figures(totals: list[float]) -> dict:
     return {"loss": sum(losses) / count, "accuracy": 100 * right / count, "losses": [loss / per_policy for loss in losses]}
 
 
-def protocol_line(dataset: str, model: str, split: str, sets: common.Sets, shifted: dict[str, Data], epoch: int, epochs: int, M: int) -> str:
+def protocol_line(
+    dataset: str, model: str, split: str, sets: common.Sets, shifted: dict[str, Data], n_train: int, epoch: int, epochs: int, M: int
+) -> str:
     """One line that says how the figures were measured; epoch is 0 for a checkpoint of which nothing more is known."""
     parts = [f"{dataset} {split} ({common.count_images(sets.test)} images)"]
     parts += [f"modified {dataset} made from them ({common.count_images(data)} images)" for data in shifted.values()]
@@ -1284,7 +1289,7 @@ def protocol_line(dataset: str, model: str, split: str, sets: common.Sets, shift
     if not epoch:
         return line
     trained = f"epoch {epoch} of" if epoch < epochs else "the last of"
-    return f"{line}; {common.count_images(sets.train)} training images, {M} views of each per epoch; {trained} {epochs} epochs is reported"
+    return f"{line}; {n_train} training images, {M} views of each per epoch; {trained} {epochs} epochs is reported"
 
 
 def print_results(results: dict, directory: Path) -> None:

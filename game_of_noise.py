@@ -702,6 +702,7 @@ def main() -> None:
         raise InputError(f"{checkpoint} does not exist: name a run of {SCRIPT} with --run-dir, or what to evaluate with --model-name or --weights")
     if in_place:
         names = ("dataset", "model", "mode", "ng_type", "seed", "eval_split", "epsilon", "fresh_lr", "star_iterations", "batch_size")
+        names += ("generate_corruptions",)
         held = {name: getattr(args, name) for name in names}
         common.check_in_place(checkpoint.parent, held, args.dry_run, f"evaluate --weights {checkpoint} instead")
     method = method_name(args.mode, args.ng_type)
@@ -813,6 +814,7 @@ def main() -> None:
                 current.load_state_dict(saved["current"])
                 generator_optimizer = adam(current, args.generator_lr)
                 generator_optimizer.load_state_dict(saved["generator_optimizer"])
+                generator_optimizer.param_groups[0]["lr"] = args.generator_lr  # it may be another from now on, as --lr
             scaler.load_state_dict(saved["scaler"])
             place, totals = common.restore_place(saved, generator), common.restore_totals(saved["totals"], machine)
             robust, chosen = saved["robust"], saved["chosen"]
@@ -997,8 +999,8 @@ def main() -> None:
     if has_before:
         results["before"] = {"clean_accuracy": clean[-1]["top1_accuracy"], "corruptions": corruptions[-1]}
     if in_place:
-        gone = ("n_train",) if sets.train is None else ()  # what is not on disk any more to be trained on, once was
-        results |= common.kept_results(directory, *gone, *(() if has_before else ("before",)))
+        # What is not on disk any more to be trained on, once was.
+        results |= common.kept_results(directory, "n_train", *(() if has_before else ("before",)))
     if machine.is_main:
         title = f"{method} on {args.dataset}, {args.model}, seed {args.seed}"
         shown, shown_labels = common.gather_images(sets.test, 8, 0, machine)

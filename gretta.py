@@ -198,7 +198,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=number(int, 1),
         help="passes over the training part (default: 2; digits, mnist, folder: as many as make 120 steps; digits' whitebox 300)",
     )
-    add("--batch-size", type=number(int, 2), help="images per step over all ranks (default: by data set)")
+    add("--batch-size", type=number(int, 1), help="images per step over all ranks (default: by data set)")
     args = parser.parse(argv, lambda given: SETTINGS[given.dataset][given.est], from_source)
     if args.train_on == "target" and args.dataset not in TARGETS:
         parser.error(f"--train-on target: {args.dataset} has no labelled target domain; choose --train-on augmented")
@@ -1103,7 +1103,7 @@ def load_sets(
         val = (common.to_uint8(strong), val_labels.repeat(2))
         if reg == "test":
             reg_images = torch.cat([common.corrupt_uint8(val_images, name, 3, seed=1) for name in common.CORRUPTIONS])
-        source = f"{corruptions.protocol}; policy trained on {common.count_images(learn_from)} augmented training images"
+        source = f"{corruptions.protocol}; policy trained on augmented training images"
     if dry_run:
         learn_from, val = common.keep_some(learn_from, 64), common.keep_some(val, 64)
         tests = {name: common.keep_some(test, 64) for name, test in tests.items()}
@@ -1143,19 +1143,19 @@ def main() -> None:
     files = picture_files(args.predict) if args.predict else []
     in_place = use_policy and not args.weights_policy  # the run's own directory is evaluated again, or predicts
     checkpoint = Path(args.run_dir or "") / "checkpoint.pt"
-    if in_place and common.has_checkpoint(args.run_dir):
+    only_predict = use_policy and args.predict and not args.evaluate and not args.export
+    if in_place and not only_predict and common.has_checkpoint(args.run_dir):
         instead = "evaluate it with --weights-policy RUN_DIR/checkpoint.pt"
         names = ("dataset", "model", "weights", "blackbox", "est", "seed", "train_on", "proportion", "target_split", "transform", "policy", "sigmoid")
-        names += ("uncertain", "steps")
+        names += ("uncertain", "steps", "generate_corruptions")
         common.check_in_place(checkpoint.parent, {name: getattr(args, name) for name in names}, args.dry_run, instead)
 
-    # A trained policy. For a folder of pictures it needs no data set: its checkpoint says what the classifier takes and how many classes it tells apart.
+    # A trained policy. Its run needs no data set for a folder of pictures: the checkpoint says what the classifier takes and how many classes there are.
     saved = shape = None
     if use_policy:
         advice = "give the checkpoint.pt of a finished run"
         saved = common.load_tensors(args.weights_policy, advice) if args.weights_policy else common.read_checkpoint(Path(args.run_dir), advice)
-    only_predict = use_policy and args.predict and not args.evaluate and not args.export
-    if only_predict and isinstance(saved, dict):
+    if only_predict and in_place and common.arguments_of_run(checkpoint.parent).get("dataset") == args.dataset:
         shape = saved.get("num_classes"), saved.get("size")
         shape = shape if all(isinstance(value, int) and 0 < value <= 4096 for value in shape) else None  # else the data set says it
 
@@ -1195,6 +1195,8 @@ def main() -> None:
         )
     if args.batch_size < machine.world_size:
         raise InputError(f"a batch of {args.batch_size} is smaller than the {machine.world_size} processes: raise --batch-size")
+    if args.batch_size == 1 and not use_policy:
+        raise InputError("--batch-size 1: the policy's batch norm needs two images; raise it, or --proportion where there is only one")
     if args.epochs is None:
         args.epochs = math.ceil(SETTINGS[args.dataset][args.est]["updates"] / max(steps_per_epoch, 1))
     if args.checkpoint_every is None:
@@ -1462,7 +1464,7 @@ def main() -> None:
             predict_folder(files, pictures, directory, classifier, policy, args.transform, args.steps, args.dataset, machine)
     run.log(step, **{f"test_{name}": value for name, value in accuracy.items()})
     if in_place:  # what is not on disk any more to be trained on, once was
-        results |= common.kept_results(directory, *(() if sets.train is not None else ("n_train", "protocol")))
+        results |= common.kept_results(directory, "n_train")
     results = run.finish(results)
     if not use_policy:
         common.save_run(checkpoint_state(finished=True), directory, machine)

@@ -145,10 +145,15 @@ def test_a_model_that_draws_continues_with_the_same_draws(tmp_path, monkeypatch)
         patch.setattr(common, "save_atomically", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             run_advaa(*flags, tmp_path / "cut")
+    shutil.copytree(tmp_path / "cut", tmp_path / "lower")
     torch.manual_seed(99)
     run_advaa("--dry-run", "--resume", "--run-dir", tmp_path / "cut")  # the rest is in its args.json
     assert_equal_weights(state_of(tmp_path / "cut")["state_dict"], state_of(tmp_path / "whole")["state_dict"])
     assert json.loads((tmp_path / "cut" / "args.json").read_text())["carry_hidden"] is False
+    # Rates may be others from there on.
+    run_advaa("--dry-run", "--resume", "--run-dir", tmp_path / "lower", "--lr", 0.01, "--weight-decay", 0.002, "--controller-lr", 0.003)
+    groups = {name: state_of(tmp_path / "lower")[name]["param_groups"][0] for name in ("optimizer", "controller_optimizer")}
+    assert groups["optimizer"]["weight_decay"] == 0.002 and groups["controller_optimizer"]["lr"] == 0.003
 
 
 def test_transfer_and_collapse(run, tmp_path):
