@@ -182,7 +182,7 @@ def test_the_checkpoint_knows_the_epoch_of_best(tmp_path, monkeypatch):
 
     monkeypatch.setattr(common, "save_atomically", watch_best)
     monkeypatch.setattr(common, "save_run", watch_run)
-    run_advaa(*SMALL[:-4], "--validation", "--eval-split", "test", "--checkpoint-every", 100, "--run-dir", tmp_path / "run")
+    run_advaa("--dry-run", "--M", 2, "--checkpoint-every", 100, "--run-dir", tmp_path / "run")
     written = [index for index, event in enumerate(events) if event[0] == "best.pt"]
     assert written and all(next(event for event in events[index:] if event[0] == "checkpoint")[1] == events[index][1] for index in written)
     assert sum(event[0] == "checkpoint" for event in events) >= len(written) + 1  # that of the end
