@@ -914,10 +914,8 @@ def load_sets(
     """
     clean_labels = classes = test_folder = None
     if dataset in NUM_CLASSES:
-        if download and not dry_run:
-            if machine.is_main and dataset in ARCHIVES:
-                fetch(dataset, data_root)
-            machine.barrier()
+        if download and not dry_run and dataset in ARCHIVES:
+            machine.on_main(lambda: fetch(dataset, data_root))
         parts = [load_split(dataset, part, data_root, download=False) for part in ("train", "val", split)]
         if not validation and dataset != "digits":  # as published: all training images
             parts[0] = tuple(torch.cat(pair) for pair in zip(*parts[:2]))
@@ -2069,9 +2067,7 @@ def load_small_weights(model: nn.Module, name: str, dataset: str, machine: "Mach
         # The caller's random state must not depend on whether a file was at hand.
         with torch.random.fork_rng(devices=[machine.device] if machine.device.type == "cuda" else []):
             trained = train_classifier(name, machine, data_root, epochs=epochs, batch_size=batch_size, dataset=dataset)  # alike on every rank
-        if machine.is_main:
-            save_atomically(trained.state_dict(), file)
-        machine.barrier()
+        machine.on_main(lambda: save_atomically(trained.state_dict(), file))
     load_weights(model, file)
     return str(file)
 
@@ -2091,9 +2087,7 @@ def load_imagenet_weights(model: nn.Module, name: str, machine: "Machine", dry_r
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     if not file.is_file() and dry_run:
         return "untrained: a dry run downloads nothing"
-    if machine.is_main:
-        download(url, file, Path(url).stem.split("-")[-1])
-    machine.barrier()
+    machine.on_main(lambda: download(url, file, Path(url).stem.split("-")[-1]))
     again = "remove it, so that it is downloaded again"
     state = load_tensors(file, again)
     if not is_state_dict(state):
@@ -2206,6 +2200,19 @@ class Machine(NamedTuple):
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+    def on_main(self, work: Callable[[], object]) -> None:
+        """Rank 0 does the work while the others wait; an InputError of its is raised on every rank."""
+        answer = [None]
+        if self.is_main:
+            try:
+                work()
+            except InputError as error:
+                answer = [str(error)]
+        if self.world_size > 1:
+            dist.broadcast_object_list(answer)
+        if answer[0] is not None:
+            raise InputError(answer[0])
 
 
 def start_machine(device: str = "auto", amp: bool = False, seed: int = 0) -> Machine:
@@ -3117,10 +3124,12 @@ def published_file(name: str, machine: "Machine", dry_run: bool = False) -> Path
         if machine.is_main:
             print(f"{name}: {file} is not there, and a dry run downloads nothing: the model stays untrained", flush=True)
         return None
-    if machine.is_main:
+
+    def get() -> None:
         download(published.url, file)
         check_recorded(file)
-    machine.barrier()
+
+    machine.on_main(get)
     return file
 
 

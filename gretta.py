@@ -1293,9 +1293,7 @@ def main() -> None:
         epochs = 1 if args.dry_run else math.ceil(1000 / max(1, len(images) // 100))  # a thousand steps
         student = distil_student(black_box, images, args.dataset, sets.num_classes, machine, epochs, min(100, len(images)), seed=0)
         queries_distillation = black_box.queries
-        if machine.is_main:
-            common.save_atomically(student.state_dict(), directory / "student.pt")
-        machine.barrier()
+        machine.on_main(lambda: common.save_atomically(student.state_dict(), directory / "student.pt"))
 
     # Training.
     train_policy = common.distribute(policy, machine)

@@ -55,6 +55,16 @@ def test_batches_and_sizes(refuses, tmp_path):
     assert "advaa.py: error: a batch of 2 is smaller than the 3 processes" in line and not (tmp_path / "run").exists()
 
 
+def test_what_fails_on_the_first_process_alone_is_said_by_all(tmp_path):
+    """A download, for one: the others wait for it, and must neither wait for ever nor end in a traceback."""
+    lines = ["import common", "def fail():", "    raise common.InputError('no such server')"]
+    lines += ["common.run_script(lambda: common.start_machine('cpu').on_main(fail))"]
+    (tmp_path / "alone.py").write_text("\n".join(lines))
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "alone.py")
+    errors = run_script(*command, expect=1, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)).stderr
+    assert errors.count("alone.py: error: no such server") == 2 and "[rank" not in errors
+
+
 def test_missing_data(refuses, tmp_path):
     refuses("--dataset", "cifar10", "--data-root", tmp_path, names=(tmp_path / "cifar-10-batches-py", "cifar-10-python.tar.gz"))
     refuses("--dataset", "cifar100", "--data-root", tmp_path, names=(tmp_path / "cifar-100-python", "https://www.cs.toronto.edu/~kriz/"))
