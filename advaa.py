@@ -921,8 +921,9 @@ def main() -> None:
         missing = f"{checkpoint} does not exist" if args.run_dir else "--evaluate needs something to evaluate"
         raise InputError(f"{missing}: name a run of {SCRIPT} with --run-dir, or a checkpoint of --model with --weights")
     if in_place:
-        held = {name: getattr(args, name) for name in ("dataset", "model", "eval_split", "generate_corruptions")}  # and what check_unchanged compares
-        common.check_in_place(checkpoint.parent, held, args.dry_run, f"evaluate --weights {checkpoint} instead")
+        # What the results depend on beside the settings that check_unchanged compares.
+        asked = {name: getattr(args, name) for name in ("dataset", "model", "eval_split", "generate_corruptions")}
+        common.check_in_place(checkpoint.parent, asked, args.dry_run, f"evaluate --weights {checkpoint} instead")
     method = args.policy
     if args.evaluate and not in_place:
         file = Path(args.weights)  # a run's checkpoint goes by the name of its directory, a published one by its own

@@ -2201,18 +2201,19 @@ class Machine(NamedTuple):
         if self.world_size > 1:
             dist.barrier()
 
-    def on_main(self, work: Callable[[], object]) -> None:
-        """Rank 0 does the work while the others wait; an InputError of its is raised on every rank."""
-        answer = [None]
+    def on_main(self, work: Callable[[], object]) -> object:
+        """Rank 0 does the work while the others wait: what it returns, on every rank; an InputError of its is raised on every rank."""
+        answer = [None, None]  # what the work returned, its error
         if self.is_main:
             try:
-                work()
+                answer[0] = work()
             except InputError as error:
-                answer = [str(error)]
+                answer[1] = str(error)
         if self.world_size > 1:
             dist.broadcast_object_list(answer)
-        if answer[0] is not None:
-            raise InputError(answer[0])
+        if answer[1] is not None:
+            raise InputError(answer[1])
+        return answer[0]
 
 
 def start_machine(device: str = "auto", amp: bool = False, seed: int = 0) -> Machine:
@@ -2886,24 +2887,21 @@ def reading_run(file: Path, advice: str) -> Iterator[None]:
 
 def run_directory(script: str, arguments: dict, method: str, machine: Machine) -> Path:
     """--run-dir, or runs/<script>/<dataset>-<model>-<method>-s<seed>-<time>; InputError for one that is in use, unless --resume."""
-    answer = ["", ""]  # directory, error: rank 0 looks, and all ranks hear the same
-    if machine.is_main:
+
+    def find() -> Path:
         name = f"{arguments['dataset']}-{arguments['model']}-{method}-s{arguments['seed']}-{time.strftime('%Y%m%d-%H%M%S')}"
         directory = Path(arguments["run_dir"] or Path("runs") / script / name)
         for suffix in range(2, 1000):
             if arguments["run_dir"] or not directory.exists():
                 break
             directory = directory.with_name(f"{name}-{suffix}")
-        answer[0] = str(directory)
         if directory.exists() and not directory.is_dir():
-            answer[1] = f"{directory} is not a directory: choose another with --run-dir"
-        elif directory.is_dir() and any(directory.iterdir()) and not arguments["resume"]:
-            answer[1] = f"{directory} is not empty: continue it with --resume, or choose another with --run-dir"
-    if machine.world_size > 1:
-        dist.broadcast_object_list(answer)
-    if answer[1]:
-        raise InputError(answer[1])
-    return Path(answer[0])
+            raise InputError(f"{directory} is not a directory: choose another with --run-dir")
+        if directory.is_dir() and any(directory.iterdir()) and not arguments["resume"]:
+            raise InputError(f"{directory} is not empty: continue it with --resume, or choose another with --run-dir")
+        return directory
+
+    return machine.on_main(find)  # rank 0 looks, and all ranks hear the same
 
 
 def finite_totals(totals: torch.Tensor, step: int, lr: float, directory: Path) -> list[float]:

@@ -703,8 +703,8 @@ def main() -> None:
     if in_place:
         names = ("dataset", "model", "mode", "ng_type", "seed", "eval_split", "epsilon", "fresh_lr", "star_iterations", "batch_size")
         names += ("generate_corruptions",)
-        held = {name: getattr(args, name) for name in names}
-        common.check_in_place(checkpoint.parent, held, args.dry_run, f"evaluate --weights {checkpoint} instead")
+        asked = {name: getattr(args, name) for name in names}
+        common.check_in_place(checkpoint.parent, asked, args.dry_run, f"evaluate --weights {checkpoint} instead")
     method = method_name(args.mode, args.ng_type)
     if args.evaluate and not in_place:
         file = Path(args.weights or "clean")  # a run's checkpoint goes by the name of its directory, a published one by its own

@@ -249,7 +249,7 @@ def test_other_ranks_download_nothing(serve, monkeypatch):
     monkeypatch.setattr(common.dist, "broadcast_object_list", waited.append)
     rank = common.Machine(torch.device("cpu"), rank=1, world_size=2)
     file = serve("ANT", b"file")
-    assert common.published_file("ANT", rank) == file and waited == [[None]] and Handler.asked == [] and names(file.parent) == []
+    assert common.published_file("ANT", rank) == file and waited == [[None, None]] and Handler.asked == [] and names(file.parent) == []
 
 
 # --------------------------------------------------------------------------------------------------------- The programs
