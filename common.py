@@ -2431,10 +2431,12 @@ def save_atomically(content: object, file: str | Path, keep_previous: bool = Fal
             descriptor = os.open(file.parent, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        raise InputError(f"cannot write {file}: {error}; what it held before is still there") from error
+        # On a full disk torch.save raises an error of its own ("unexpected pos"), over the one that says why.
+        reason = error.__context__ if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError) else error
+        raise InputError(f"cannot write {file}: {reason}; what it held before is still there") from error
 
 
 def previous_of(file: Path) -> Path:

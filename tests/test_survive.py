@@ -173,7 +173,9 @@ def test_a_disk_that_is_full_within_the_run(tmp_path):
     command = [sys.executable, "gretta.py", "--dry-run", "--run-dir", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, preexec_fn=limit)
     line = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert done.returncode == 2 and len(line) == 1 and f"cannot write {tmp_path / 'run' / 'checkpoint.pt'}" in line[0], done.stderr[-2000:]
+    assert done.returncode == 2 and len(line) == 1, done.stderr[-2000:]
+    reason = f"cannot write {tmp_path / 'run' / 'checkpoint.pt'}: [Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}; "
+    assert reason in line[0], line
     assert "Traceback" not in done.stderr and not list((tmp_path / "run").glob("*checkpoint*"))
 
 
