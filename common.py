@@ -1574,7 +1574,7 @@ def contact_sheet(path: str | Path) -> None:
             for severity in range(6):
                 axis = row[6 * i + severity]
                 image = corrupt(clean, name, severity, seed=0) if severity else clean
-                axis.imshow(image[0].permute(1, 2, 0), interpolation="nearest")
+                axis.imshow(image[0].permute(1, 2, 0).numpy(), interpolation="nearest")
                 axis.set(xticks=[], yticks=[])
                 if name == names[0]:
                     axis.set_title(f"{side} px, " + (f"severity {severity}" if severity else "clean"), fontsize=9)

@@ -651,7 +651,7 @@ def draw_curves(file: Path, history: list[dict], title: str) -> None:
         "robust_accuracy": "fresh generator, before the epoch",
     }
     epochs = [entry["epoch"] for entry in history]
-    left.plot(epochs, [entry["loss"] for entry in history], marker="o", markersize=3)
+    left.plot(epochs, [entry["loss"] for entry in history], color="black", marker="o", markersize=3)  # the legend's colours are the right one's
     left.set(xlabel="epoch", ylabel="cross entropy", title="training loss, mean of each epoch")
     for key, label in curves.items():
         if key in history[0]:

@@ -162,7 +162,7 @@ def test_contrast_agrees_with_pil():
     contrast = torch.tensor([0.5, 1.0, 1.4])
     for image, result, factor in zip(images, common.adjust_contrast(images, contrast), contrast):
         pil = ImageEnhance.Contrast(Image.fromarray(common.to_uint8(image).permute(1, 2, 0).numpy())).enhance(factor.item())
-        assert (torch.from_numpy(np.asarray(pil)).permute(2, 0, 1) / 255 - result).abs().max() < 1.6 / 255
+        assert (torch.from_numpy(np.array(pil)).permute(2, 0, 1) / 255 - result).abs().max() < 1.6 / 255
 
 
 def test_batches_cover_each_image_at_most_once():

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Handler, results_of, run_here
+from conftest import Handler, results_of, run_here, without_times
 from formats import WNIDS, make_chexpert, make_cifar, make_imagenet, make_mnist, make_perturbed, make_pictures, random_pixels
 from PIL import Image
 
@@ -415,6 +415,25 @@ def test_published_settings_of_gretta_on_cifar100():
     arguments = gretta.parse_args(["--dataset", "cifar100-c"])
     expected = {"dataset": "cifar100", "model": "resnext", "opt": "adam", "lr": 1e-6, "epochs": 2, "batch_size": 256, "num_samples": 12}
     assert {key: getattr(arguments, key) for key in expected} == expected and arguments.train_on == "augmented"
+
+
+@pytest.mark.slow
+def test_gretta_on_imagenet(tmp_path, monkeypatch):
+    """Trained on augmented training images, evaluated on ImageNet-C, here of one corruption; and again on a machine without the training images."""
+    monkeypatch.setattr(common, "CORRUPTIONS", ("fog",))
+    make_imagenet(tmp_path)
+    model = save_model(tmp_path / "resnet18.pth", "resnet18", 2, "imagenet")
+    flags = ("--dataset", "imagenet", "--data-root", tmp_path, "--model", "resnet18", "--weights", tmp_path / "resnet18.pth")
+    run_here("gretta", *flags, "--epochs", "1", "--batch-size", "5", "--num-samples", "1", "--run-dir", tmp_path / "run")
+    results = results_of(tmp_path / "run")
+    assert (results["n_train"], results["n_eval"], list(results["corruptions"])) == (11, 10, ["fog", "mean"])  # the twelfth is a validation image
+    assert "ImageNet-C as published" in results["protocol"] and "policy trained on augmented training images" in results["protocol"]
+    found = [common.class_folder(tmp_path / "imagenet-c" / "fog" / str(severity), list(WNIDS), resize=224) for severity in range(1, 6)]
+    errors = [100 - common.evaluate_folder([model], folder, 2, 0, MACHINE)[0]["top1_accuracy"] for folder in found]
+    assert results["corruptions"]["fog"]["none"] == pytest.approx(np.mean(errors))
+    (tmp_path / "imagenet" / "train").rename(tmp_path / "away")
+    run_here("gretta", "--evaluate", "--run-dir", tmp_path / "run")
+    assert without_times(results_of(tmp_path / "run")) == without_times(results)
 
 
 def test_gretta_on_modified_mnist_and_on_mnist_c(tmp_path, monkeypatch):
