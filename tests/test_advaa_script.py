@@ -293,7 +293,6 @@ def test_several_processes_play_the_same_game(tmp_path):
         assert json.loads((directory / "args.json").read_text())["world_size"] == processes
 
 
-@pytest.mark.slow
 def test_several_processes_in_mixed_precision(tmp_path):
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "advaa.py", "--dry-run", "--M", 8, "--amp")
     run_script(*command, "--run-dir", tmp_path / "run", OMP_NUM_THREADS="1")
@@ -391,6 +390,7 @@ def test_imagenet_folders(tmp_path):
     assert results_of(tmp_path / "again")["top1_error"] == results["top1_error"]
 
 
+@pytest.mark.slow
 def test_a_view_batch_of_any_size_gives_the_same_run(tmp_path):
     """--view-batch: policy by policy, so that only so many images are in one forward; one policy's must fit."""
     sizes = []

@@ -105,6 +105,7 @@ def test_more_processes_than_images_in_a_batch(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ folders
 
 
+@pytest.mark.slow
 def test_whole_folders_are_not_refused(imagenet, tmp_path):
     """What the tests below damage works undamaged."""
     run_here("game_of_noise", "--dry-run", "--mode", "Speckle", *folders(imagenet), "--run-dir", tmp_path / "run")

@@ -257,7 +257,7 @@ def batches_of(*counts: int) -> list[torch.Tensor]:
     return [common.to_float(part) for part in images[: sum(counts)].split(counts)]
 
 
-@pytest.mark.parametrize("flags", [["--transform", "geometry"], ["--transform", "full"], ["--policy", "efficientnet-b0", "--steps", 2, "--sigmoid"], ["--transform", "color", "--model", "wideresnet"]])  # fmt: skip
+@pytest.mark.parametrize("flags", [["--transform", "geometry"], ["--transform", "full"], pytest.param(["--policy", "efficientnet-b0", "--steps", 2, "--sigmoid"], marks=pytest.mark.slow), ["--transform", "color", "--model", "wideresnet"]])  # fmt: skip
 def test_an_exported_policy_needs_no_repository(flags, tmp_path, capsys):
     """The whole of a run, whose policy moves images by more than nothing, at batch sizes 1, 3 and 8."""
     results = run_here(tmp_path / "run", "--init", "stochastic", *flags, "--export", tmp_path / "policy.pt2")
@@ -276,6 +276,7 @@ def test_an_exported_policy_needs_no_repository(flags, tmp_path, capsys):
             assert (logits - classifier(images)).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_evaluate_exports_a_trained_policy_and_a_torch_export_black_box_is_part_of_it(programs, tmp_path):
     """The run's own --export is not remembered: evaluating it again must not write it again."""
     first, second = tmp_path / "first.pt2", tmp_path / "second.pt2"

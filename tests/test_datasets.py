@@ -381,6 +381,7 @@ def test_a_zip_with_a_link_is_refused(publish, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gretta_with_the_configuration_of_its_source(tmp_path):
     """The arguments printed in the source's README, as JSON, on CIFAR-100 and CIFAR-100-C; WRN-40-2 beside, and a student for `surrogate`."""
     make_cifar(tmp_path / "cifar", "cifar100", 1000, 100)
@@ -452,6 +453,7 @@ def test_gretta_on_modified_mnist_and_on_mnist_c(tmp_path, monkeypatch):
     assert list(results["corruptions"]) == [*common.MNIST_C, "mean"] and "MNIST-C as published, 15 corruptions;" in results["protocol"]
 
 
+@pytest.mark.slow
 def test_gretta_on_chexpert(tmp_path):
     make_chexpert(tmp_path, patients=20)
     model = save_model(tmp_path / "resnet18.pt", "resnet18", 5, "chexpert")
@@ -535,7 +537,6 @@ def test_fake_images_of_any_shape_in_all_three_scripts(tmp_path):
         assert results["n_eval"] == (10 if script != "gretta" else 75) and results["n_train"] == (32 if script == "gretta" else 40)
 
 
-@pytest.mark.slow
 def test_game_of_noise_on_cifar10_and_mnist(tmp_path, monkeypatch):
     make_cifar(tmp_path, "cifar10", 100, 20, 4)
     make_mnist(tmp_path, 100, 20, corrupted=True)
@@ -560,7 +561,6 @@ def test_game_of_noise_on_cifar10_and_mnist(tmp_path, monkeypatch):
     assert results["corruptions"]["mean_without_noises"] == pytest.approx(np.mean(others))
 
 
-@pytest.mark.slow
 def test_advaa_on_mnist_and_on_cifar10_with_its_extra_corruptions(tmp_path):
     make_mnist(tmp_path, 100, 20, corrupted=True)
     make_cifar(tmp_path, "cifar10", 100, 20, 4, extra=("saturate",))

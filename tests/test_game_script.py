@@ -100,6 +100,7 @@ def test_a_stale_generator_is_trained_no_more(tmp_path):
     assert not torch.equal(first["convolutions.0.weight"], states["run---generator-epochs-0"][0]["convolutions.0.weight"])
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_as_if_nothing_had_happened(run, tmp_path):
     """Weights and figures of a run that was never killed, bit for bit; so the same seed gives the same results too."""
     directory = tmp_path / "run"
@@ -119,6 +120,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(run, tmp_path):
     assert "finished run" in again
 
 
+@pytest.mark.slow
 def test_evaluate_repeats_the_figures_and_writes_the_report(run, tmp_path):
     before = results_of(run)
     shutil.copytree(run, tmp_path / "run")
@@ -136,6 +138,7 @@ def test_an_evaluation_in_place_is_of_the_runs_own_settings(run):
         refused(run, "game_of_noise.py", "--evaluate", "--run-dir", run, *flags, names=names)
 
 
+@pytest.mark.slow
 def test_a_run_from_other_weights_is_evaluated_as_itself(run, tmp_path):
     """What it started from is the reference; the run's own directory is used, and its time stays."""
     flags = ("--mode", "Speckle", "--eval-split", "val", "--weights", run / "checkpoint.pt")
@@ -149,6 +152,7 @@ def test_a_run_from_other_weights_is_evaluated_as_itself(run, tmp_path):
     assert after["before"]["corruptions"] == results_of(run)["corruptions"]
 
 
+@pytest.mark.slow
 def test_evaluate_the_clean_model(tmp_path):
     """Its own reference: an mCE of 100, and nothing is trained."""
     flags = ("--eval-split", "val", "--star-iterations", "2")

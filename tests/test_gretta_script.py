@@ -79,6 +79,7 @@ def test_figures_in_results_are_those_of_the_saved_policy(run):
     assert accuracy["none"] == pytest.approx(none.item(), abs=0.6) and accuracy["gretta"] == pytest.approx(with_policy.item(), abs=0.6)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_results(run, tmp_path):
     run_here("gretta", *SMALL, "--run-dir", tmp_path / "again", "--seed", 3)
     assert without_times(results_of(tmp_path / "again")) == without_times(results_of(run))
@@ -146,7 +147,6 @@ def test_policy_backbones_run(tmp_path):
     assert results_of(tmp_path / "run")["policy"] == "efficientnet-b0"
 
 
-@pytest.mark.slow
 def test_augmented_training_is_tested_on_every_corruption(tmp_path):
     run_here("gretta", "--dry-run", "--train-on", "augmented", "--run-dir", tmp_path / "run")
     results = results_of(tmp_path / "run")
