@@ -1,26 +1,10 @@
-"""What the scripts of CleanAug share. Read it in this order:
+"""What the scripts of CleanAug share: data, corruptions, models, machine, run, evaluation, results, files.
 
-    constants     paths, classes, where data sets are downloaded from, InputError
-    data          load_split, digits, modified digits, MNIST, CIFAR, their corrupted sets, CheXpert, batches, affine_warp
-    folders       Folder: pictures on disk such as ImageNet's, class_folder, imagenet_c, plain_batches, image_batches
-    sets          load_sets: what a run needs of a data set, whatever its kind
-    corruptions   CORRUPTIONS, corrupt, contact_sheet
-    models        ResNeXt-29, Wide ResNet, Shake-Shake, PyramidNet with ShakeDrop, ResNet-50-D and -200, build_model,
-                  load_weights, digits' and ImageNet's weights
-    machine       device, mixed precision, processes, seeds, signals
-    checkpoints   atomic files, the one before the newest, continuing
-    evaluation    predict_logits, evaluate, evaluate_folder, evaluate_models, evaluate_corruptions
-    results       command line, run directory, logs, results.json, the table over seeds
-    files         published checkpoints, download, unpack, CIFAR's pickles read safely
+Nothing happens on import. As a program:
 
-Nothing happens on import. As a program it prints a Markdown table of mean ± std over seeds, trains a classifier for
-digits, draws what the corruptions look like, or gets a data set or a published checkpoint:
-
-    python common.py RUN_DIR [RUN_DIR ...]
-    python common.py --train-weights resnext
-    python common.py --contact-sheet out.png
-    python common.py --download cifar10-c
-    python common.py --download gretta-resnext
+    python common.py RUN_DIR [RUN_DIR ...]          # a Markdown table of finished runs, mean ± std over seeds
+    python common.py --train-weights resnext        # train a classifier for digits
+    python common.py --download cifar10-c           # or another data set, or a published checkpoint
 """
 
 import argparse
@@ -28,141 +12,263 @@ import contextlib
 import copy
 import functools
 import hashlib
-import http.client
 import io
 import json
 import math
 import os
-import pickle
-import pickletools
-import platform
-import random
 import shutil
 import signal
-import subprocess
 import sys
+import tempfile
 import time
-import urllib.error
-import urllib.request
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Constants
-# ---------------------------------------------------------------------------------------------------------------------
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent
 WEIGHTS = ROOT / "weights"
-
-NUM_CLASSES = {"digits": 10, "mnist": 10, "cifar10": 10, "cifar100": 100}  # the sets that fit in memory
 SPLITS = ("train", "val", "test")
-
-# What `python common.py --download NAME` gets: the folder under --data-root to unpack in, and the files: address, md5, what the archive holds
-ZENODO, MNIST_MIRROR = "https://zenodo.org/record/", "https://ossci-datasets.s3.amazonaws.com/mnist/"
-ARCHIVES = {
-    "cifar10": ("", [("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", ["cifar-10-batches-py"])]),
-    "cifar100": ("", [("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", ["cifar-100-python"])]),
-    "cifar10-c": ("", [(f"{ZENODO}2535967/files/CIFAR-10-C.tar", "56bf5dcef84df0e2308c6dcbcbbd8499", ["CIFAR-10-C"])]),
-    "cifar10-p": ("", [(f"{ZENODO}2535967/files/CIFAR-10-P.tar", "125d6775afc5846ea84584d7524dedff", ["CIFAR-10-P"])]),
-    "cifar100-c": ("", [(f"{ZENODO}3555552/files/CIFAR-100-C.tar", "11f0ed0f1191edbf9fa23466ae6021d3", ["CIFAR-100-C"])]),
-    "imagenet-c": (
-        "imagenet-c",
-        [
-            (f"{ZENODO}2235448/files/noise.tar", "e80562d7f6c3f8834afb1ecf27252745", ["gaussian_noise", "shot_noise", "impulse_noise"]),
-            (f"{ZENODO}2235448/files/blur.tar", "2d8e81fdd8e07fef67b9334fa635e45c", ["defocus_blur", "glass_blur", "motion_blur", "zoom_blur"]),
-            (f"{ZENODO}2235448/files/weather.tar", "33ffea4db4d93fe4a428c40a6ce0c25d", ["snow", "frost", "fog", "brightness"]),
-            (
-                f"{ZENODO}2235448/files/digital.tar",
-                "89157860d7b10d5797849337ca2e5c03",
-                ["contrast", "elastic_transform", "pixelate", "jpeg_compression"],
-            ),
-            (f"{ZENODO}2235448/files/extra.tar", "d492dfba5fc162d8ec2c3cd8ee672984", ["speckle_noise", "gaussian_blur", "spatter", "saturate"]),
-        ],
-    ),
-    "mnist": (
-        "MNIST/raw",
-        [
-            (f"{MNIST_MIRROR}train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873", ["train-images-idx3-ubyte.gz"]),
-            (f"{MNIST_MIRROR}train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432", ["train-labels-idx1-ubyte.gz"]),
-            (f"{MNIST_MIRROR}t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3", ["t10k-images-idx3-ubyte.gz"]),
-            (f"{MNIST_MIRROR}t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c", ["t10k-labels-idx1-ubyte.gz"]),
-        ],
-    ),
-    "mnist-c": ("", [(f"{ZENODO}3239543/files/mnist_c.zip", "4b34b33045869ee6d424616cd3a65da3", ["mnist_c"])]),
-}
+# The sets that fit in memory, and what torchvision calls those of them that it reads
+NUM_CLASSES = {"digits": 10, "mnist": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
+TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+TORCHVISION["cifar100"] = "CIFAR100"
+IDX = ("images-idx3-ubyte", "labels-idx1-ubyte")  # how MNIST's files are named, after train- or t10k-
+SMALL = ("digits", "mnist", "fashion_mnist")  # grey: slim models, trained here where none is shipped
+FAKE_SHAPE = (256, 10, 32, 32)  # of the data set "fake": training images, classes, height, width
 
 
 class InputError(ValueError):
-    """Bad input: the message is one line that says what is wrong, where, and what to do. `run_script` turns it into exit code 2.
-
-    What a message quotes of a file or of a library may hold anything: it becomes one line of characters that can be printed.
-    """
+    """Bad input: one line that says what is wrong, where, and what to do. run_script makes it exit code 2."""
 
     def __init__(self, message: object = ""):
         super().__init__(one_line(str(message)))
-
-
-def one_line(text: str) -> str:
-    """Text without line breaks and control characters; where it is very long, its ends, which name the file and say what to do."""
-    text = text if len(text) <= 4000 else f"{text[:2000]} … {text[-2000:]}"
-    return "".join(char if char.isprintable() else " " if char.isspace() else ascii(char)[1:-1] for char in text)
 
 
 class MissingData(InputError):
     """A set is not on disk, rather than damaged or half there."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: small sets are uint8 tensors that live on the device; a batch is an index into them, there are no loader workers
-# ---------------------------------------------------------------------------------------------------------------------
+def one_line(text: str) -> str:
+    """One printable line of whatever a message quotes, cut in the middle."""
+    text = text if len(text) <= 4000 else f"{text[:2000]} … {text[-2000:]}"
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
-def load_split(dataset: str, split: str, data_root: str | Path = "data", download: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+# ---------- Data: images in memory, or pictures on disk, with the same methods ----------
+
+
+def batch_numbers(size: int, batch_size: int, seed: int, start: int) -> Iterator[tuple[int, Tensor]]:
+    """Epoch and image numbers (batch_size,) of batch `start`, start + 1, … without end. An epoch's order is a
+    function of (seed, epoch); images left over by its last whole batch wait for the next."""
+    steps = size // batch_size
+    while True:
+        epoch, first = divmod(start, steps)
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(mix("order", seed, epoch)))
+        yield from ((epoch, numbers) for numbers in order.split(batch_size)[first:steps])
+        start = (epoch + 1) * steps
+
+
+class Data:
+    """Labelled images; labels (N,) int64, or (N, L) float. Images and Pictures add
+
+    part(numbers): those images; corrupted(name, severity): all of them, corrupted with seed 0; read(batches
+    of numbers): uint8 images (b, 3, H, W) and labels, batch by batch, on the device; batches(batch_size,
+    seed, start, crop): shuffled batches without end: this rank's images and labels, and those that
+    SamplePairing may take partners from: the global batch's, or (pictures, cropped and mirrored by `crop`)
+    the rank's.
+    """
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, most: int) -> "Data":
+        """At most `most` of the images, evenly spaced through them."""
+        return self.part(torch.linspace(0, len(self) - 1, min(most, len(self))).round().long())
+
+    def eval_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's part of all images, in order."""
+        return self.read(self.machine.own_rows(torch.arange(len(self))).split(batch_size))
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """All images and labels, in memory on every rank alike."""
+        images, labels = zip(*self.read(torch.arange(len(self)).split(128)))
+        return torch.cat(images), torch.cat(labels)
+
+
+class Images(Data):
+    """Images in memory, uint8 (N, 3, H, W), on the device: a batch is an index into them."""
+
+    def __init__(self, images: Tensor, labels: Tensor, machine: "Machine"):
+        self.images, self.labels = images.to(machine.device), labels.to(machine.device)
+        self.machine, self.size = machine, min(images.shape[-2:])
+
+    def part(self, numbers: Tensor) -> "Images":
+        return Images(*next(self.read([numbers])), self.machine)
+
+    def corrupted(self, name: str, severity: int) -> "Images":
+        return Images(corrupt_uint8(self.images, name, severity, seed=0), self.labels, self.machine)
+
+    def read(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for numbers in batches:
+            numbers = numbers.to(self.images.device)
+            yield self.images[numbers], self.labels[numbers]
+
+    def batches(self, batch_size: int, seed: int, start: int = 0, crop: bool = False) -> Iterator[tuple]:
+        own = self.machine.own_rows
+        for pool, labels in self.read(
+            numbers for _, numbers in batch_numbers(len(self), batch_size, seed, start)
+        ):
+            yield own(pool), own(labels), pool
+
+
+class Pictures(Data, torch.utils.data.Dataset):
+    """Pictures on disk, decoded by torch's DataLoader to RGB, 224 × 224.
+
+    An item is (number, key): a key seeds a random crop and flip as torchvision's; None scales the shorter
+    side to `resize` and cuts the centre out. InputError names a damaged picture when it is read.
+    """
+
+    size = 224
+
+    def __init__(
+        self, files: Sequence[str], labels: Tensor, machine: "Machine", workers: int, resize: int = 256
+    ):
+        # Bytes in one array: millions of Python strings would be copied into every worker as they are
+        # counted.
+        self.files, self.labels = np.array([os.fsencode(file) for file in files]), labels
+        self.machine, self.workers, self.resize = machine, workers, resize
+        self.corruption: tuple[str, int] | None = None  # made on the device, batch by batch
+
+    def part(self, numbers: Tensor) -> "Pictures":
+        part = copy.copy(self)
+        part.files, part.labels = self.files[numbers.numpy()], self.labels[numbers]
+        return part
+
+    def corrupted(self, name: str, severity: int) -> "Pictures":
+        changed = copy.copy(self)
+        changed.corruption = (name, severity)
+        return changed
+
+    def __getitem__(self, item: tuple[int, int | None]) -> tuple[Tensor, Tensor]:
+        from torchvision.transforms import v2
+
+        number, key = item
+        file = os.fsdecode(self.files[number])
+        try:
+            picture = v2.functional.pil_to_tensor(open_picture(file))
+        except Exception as error:  # a damaged picture raises whatever its decoder meets
+            raise InputError(f"{file} is not a readable picture ({error}): restore or remove it") from error
+        if key is None:
+            whole = v2.functional.resize(picture, self.resize, antialias=True)
+            return v2.functional.center_crop(whole, self.size), self.labels[number]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key)
+            crop = v2.RandomResizedCrop(self.size, antialias=True)(picture)
+            return v2.RandomHorizontalFlip()(crop), self.labels[number]
+
+    def load(self, items: Iterable[list]) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.machine.device
+        more = {"prefetch_factor": 4, "worker_init_fn": leave_signals} if self.workers else {}
+        more |= {"num_workers": self.workers, "pin_memory": device.type == "cuda"}
+        try:
+            for batch in torch.utils.data.DataLoader(self, batch_sampler=items, **more):
+                images, labels = (part.to(device, non_blocking=True) for part in batch)
+                yield corrupt_uint8(images, *self.corruption, seed=0) if self.corruption else images, labels
+        except InputError as error:  # one raised in a worker comes behind the worker's traceback
+            raise InputError(str(error).rpartition("common.InputError: ")[2]) from error
+
+    def read(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.load([[(number, None) for number in batch.tolist()] for batch in batches if len(batch)])
+
+    def batches(self, batch_size: int, seed: int, start: int = 0, crop: bool = False) -> Iterator[tuple]:
+        drawn = batch_numbers(len(self), batch_size, seed, start)
+        key = (lambda *place: mix("crop", seed, *place)) if crop else (lambda *place: None)
+        own = ((epoch, self.machine.own_rows(numbers).tolist()) for epoch, numbers in drawn)
+        for images, labels in self.load([(row, key(epoch, row)) for row in rows] for epoch, rows in own):
+            yield images, labels, images
+
+
+def leave_signals(_number: int) -> None:
+    """In a loader process: Ctrl-C is the script's business; SIGTERM is how torch ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+
+
+def is_picture(file: str) -> bool:
+    return file.lower().endswith(IMAGE_SUFFIXES) and os.path.basename(file)[0] != "."
+
+
+def open_picture(file: str | Path):
+    """A PIL image in RGB; 16-bit grey (X-rays) is scaled where `convert` would clip it."""
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as opened:
+        if opened.mode.startswith("I;16"):
+            return Image.fromarray((np.asarray(opened) / 257).round().astype(np.uint8)).convert("RGB")
+        return ImageOps.exif_transpose(opened).convert("RGB")
+
+
+def class_folder(
+    place: Path,
+    machine: "Machine",
+    workers: int,
+    advice: str,
+    like: Pictures | None = None,
+    resize: int = 256,
+) -> Pictures:
+    """The pictures `<place>/<class>/…`, classes in alphabetical order. MissingData, ending in `advice`, for
+    no such directory, InputError for classes other than those of `like`, or without pictures."""
+    from torchvision.datasets.folder import find_classes, make_dataset
+
+    if not place.is_dir():
+        raise MissingData(f"{place} is missing: {advice}")
+    try:
+        names = [name for name in find_classes(place)[0] if name[0] != "."]
+        if like is not None and names != like.classes:
+            different = sorted({*names} ^ {*like.classes})
+            raise ValueError(f"other classes than {like.place}: {', '.join(different[:6])}")
+        numbers = {name: number for number, name in enumerate(names)}
+        files, labels = zip(*make_dataset(place, numbers, is_valid_file=is_picture))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{place} must hold a folder of pictures per class ({error}): {advice}") from error
+    pictures = Pictures(files, torch.tensor(labels), machine, workers, resize)
+    pictures.classes, pictures.place = names, place
+    return pictures
+
+
+def load_split(
+    dataset: str, split: str, data_root: str | Path = "data", download: bool = True
+) -> tuple[Tensor, Tensor]:
     """Images (N, 3, H, W) uint8 and labels (N,) int64 of one split of a set that fits in memory.
 
-    dataset: "digits", "mnist", "cifar10" or "cifar100", the last three downloaded where they are missing (`download`); or "mnist-c", "cifar10-c",
-    "cifar100-c": every corruption at every severity, one after the other, test only. split: "train", "val" or "test"; MNIST and CIFAR have no
-    published validation part: every tenth training image of each class is "val", the others are "train". Raises InputError where the files are
-    missing or damaged.
+    dataset: one of NUM_CLASSES, downloaded where missing (`download`). split: "train", "val" or "test"; where
+    no "val" is published it is every tenth training image of each class. Raises InputError for missing or
+    damaged files.
     """
-    if split not in SPLITS:
-        raise InputError(f"unknown split '{split}': choose from {', '.join(SPLITS)}")
+    if split not in SPLITS or dataset not in NUM_CLASSES:
+        choices = f"{', '.join(NUM_CLASSES)} and from {', '.join(SPLITS)}"
+        raise InputError(f"no {dataset} {split}: choose from {choices}")
     if dataset == "digits":
         return load_digits(split, data_root)
-    if dataset in ("cifar10-c", "cifar100-c", "mnist-c"):
-        if split != "test":
-            raise InputError(f"{dataset} has no '{split}' split: it is a test set")
-        corruptions = corruption_files(dataset.removesuffix("-c"), data_root)
-        parts = [corruptions.read(name, severity) for name in corruptions.names for severity in corruptions.severities]
-        return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
-    if dataset not in NUM_CLASSES:
-        raise InputError(f"unknown data set '{dataset}': choose {', '.join(NUM_CLASSES)}, mnist-c, cifar10-c or cifar100-c")
-    if download and dataset in ARCHIVES:
-        fetch(dataset, data_root)
-    images, labels = load_mnist(split, data_root) if dataset == "mnist" else load_cifar(dataset, split, data_root)
-    if len(labels) == 0:
-        raise InputError(f"{dataset} in {data_root} has no {split} images: get it again")
-    if labels.min() < 0 or labels.max() >= NUM_CLASSES[dataset]:
-        raise InputError(f"{dataset} in {data_root} has labels {labels.min()}..{labels.max()}, not 0..{NUM_CLASSES[dataset] - 1}: get it again")
+    images, labels = read_published(dataset, split != "test", data_root, download)
     if split == "test":
         return images, labels
     chosen = held_out(labels) if split == "val" else ~held_out(labels)
     return images[chosen], labels[chosen]
 
 
-def held_out(labels: torch.Tensor) -> torch.Tensor:
-    """Which training images are kept for validation, (N,) bool: every tenth of each class; of a tiny set, which has no tenth, the last."""
+def held_out(labels: Tensor) -> Tensor:
+    """Which training images are for validation, (N,) bool: every tenth of each class; of a tiny set, the
+    last."""
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         chosen[(labels == label).nonzero()[9::10, 0]] = True
@@ -170,274 +276,288 @@ def held_out(labels: torch.Tensor) -> torch.Tensor:
     return chosen
 
 
-def load_digits(split: str, data_root: str | Path = "data") -> tuple[torch.Tensor, torch.Tensor]:
-    """UCI digits (Alpaydin & Kaynak 1998) as 3×32×32: 1,000 training, 197 validation, 600 test images.
+def load_digits(split: str, data_root: str | Path) -> tuple[Tensor, Tensor]:
+    """UCI digits (Alpaydin & Kaynak 1998): 1,000 training, 197 validation, 600 test images; the split is in
+    the file.
 
-    The 8×8 integers 0..16 are enlarged bilinearly to 20 px and stand in the middle of a black 32 px canvas. The split is
-    stored in the file: stratified, drawn once (data/README.md says how). Returns uint8 (N, 3, 32, 32) and int64 (N,).
+    The 8×8 integers 0..16 are enlarged bilinearly to 20 px in the middle of a black 32 px canvas.
     """
-    file = find_data("digits.npz", data_root)
+    file = Path(data_root) / "digits.npz"
+    if not file.is_file() and str(data_root) == "data":  # for scripts that are run from elsewhere
+        file = ROOT / "data" / "digits.npz"
     try:
         with np.load(file, allow_pickle=False) as archive:
-            if sum(member.file_size for member in archive.zip.infolist()) > 2**20:  # the set has 120 kB: a bomb ends here
-                raise ValueError("it holds more than the set")
-            images, labels, splits = archive["images"], archive["labels"], archive["split"]
-        if {images.dtype, labels.dtype, splits.dtype} != {np.dtype(np.uint8)}:
-            raise ValueError(f"images {images.dtype}, labels {labels.dtype}, split {splits.dtype}")
-        if images.shape != (1797, 8, 8) or labels.shape != (1797,) or splits.shape != (1797,):
-            raise ValueError(f"images {images.shape}, labels {labels.shape}, split {splits.shape}")
-        if set(labels.tolist()) != set(range(10)) or set(splits.tolist()) != {0, 1, 2} or not 0 <= images.min() <= images.max() <= 16:
-            raise ValueError("labels, splits or pixels out of range")
+            chosen = archive["split"] == SPLITS.index(split)
+            images, labels = (torch.from_numpy(archive[name][chosen]) for name in ("images", "labels"))
+        images = F.interpolate(images.float()[:, None] / 16, (20, 20), mode="bilinear", align_corners=False)
+        return to_uint8(F.pad(images, (6, 6, 6, 6))).repeat(1, 3, 1, 1), labels.long()
     except Exception as error:  # zipfile, zlib, numpy and missing keys each raise their own
-        raise InputError(f"{file} is damaged ({error}): restore it from the repository (git checkout data/digits.npz)") from error
-    chosen = splits == SPLITS.index(split)
-    images = torch.from_numpy(images[chosen]).float()[:, None] / 16  # (N, 1, 8, 8) in [0, 1]
-    images = F.interpolate(images, size=(20, 20), mode="bilinear", align_corners=False)
-    images = F.pad(images, (6, 6, 6, 6))  # (N, 1, 32, 32)
-    images = (images * 255).round().to(torch.uint8).repeat(1, 3, 1, 1)
-    return images, torch.from_numpy(labels[chosen].astype(np.int64))
+        advice = "git checkout data/digits.npz brings it back; --data-root names its folder"
+        raise InputError(f"{file} is missing or damaged ({error}): {advice}") from error
 
 
-def load_cifar(dataset: str, split: str, data_root: str | Path = "data") -> tuple[torch.Tensor, torch.Tensor]:
-    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) as published: all training or all test images, uint8 (N, 3, 32, 32), and labels int64 (N,).
+def read_published(dataset: str, train: bool, data_root: str | Path, download: bool) -> tuple[Tensor, Tensor]:
+    """All training or test images of (Fashion-)MNIST or CIFAR, as torchvision reads them: (N, 3, 32, 32),
+    (N,).
 
-    A file with as many images as published must have its md5. One with fewer (one's own part of the set, in the same format) is taken as it is.
+    MNIST's files, gzipped or not, may also lie in <data_root>/<dataset> or in data_root itself; 28 px images
+    get a black border of 2 px. CIFAR's must have their published checksums.
     """
-    from torchvision.datasets import CIFAR10, CIFAR100  # their lists of files and checksums
+    from torchvision import datasets
 
-    published = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
-    folder = Path(data_root) / published.base_folder
-    images, labels = [], []
-    for name, md5 in published.test_list if split == "test" else published.train_list:
-        file = folder / name
-        try:
-            if file.stat().st_size > 2**28:  # the largest has 155 MB
-                raise ValueError(f"it has {file.stat().st_size} bytes")
-            content = unpickle_cifar(file.read_bytes())
-            data = content["data"].pixels()
-            found = content["labels" if dataset == "cifar10" else "fine_labels"]
-            if type(found) is not list or not all(type(label) is int for label in found):
-                raise ValueError("its labels are no list of whole numbers")
-            if data.shape != (len(found), 3072):
-                raise ValueError(f"its data is {data.shape}, its labels are {len(found)}")
-            if len(found) >= (10_000 if dataset == "cifar10" or split == "test" else 50_000) and file_hash(file, "md5") != md5:
-                raise ValueError(f"its md5 is not {md5}")
-            labels.append(torch.tensor(found, dtype=torch.int64))
-            images.append(torch.from_numpy(data).view(-1, 3, 32, 32))
-        except Exception as error:  # a damaged pickle raises anything
-            what = f"it has no {error}" if isinstance(error, KeyError) else error
-            raise InputError(f"{file} is missing or damaged ({what}): {how_to_get(dataset, data_root, folder)}") from error
-    return torch.cat(images), torch.cat(labels)
-
-
-def load_mnist(split: str, data_root: str | Path = "data") -> tuple[torch.Tensor, torch.Tensor]:
-    """MNIST (LeCun et al. 1998) as 3×32×32: all training or all test images, uint8 (N, 3, 32, 32), and labels int64 (N,).
-
-    The idx files, gzipped or not, lie in <data_root>/MNIST/raw (as torchvision has them), <data_root>/mnist or <data_root>. 28 px images get a
-    black border of 2 px.
-    """
-    kind = "t10k" if split == "test" else "train"
-    images, labels = read_idx(f"{kind}-images-idx3-ubyte", 3, data_root), read_idx(f"{kind}-labels-idx1-ubyte", 1, data_root)
-    if images.shape != (len(labels), 28, 28):
-        raise InputError(f"MNIST in {data_root} is damaged: {len(labels)} labels, images {images.shape}; {how_to_get('mnist', data_root)}")
-    return as_32_px(images), torch.from_numpy(labels.astype(np.int64))
-
-
-def as_32_px(images: np.ndarray) -> torch.Tensor:
-    """uint8 (N, 28, 28) → (N, 3, 32, 32), black around."""
-    return F.pad(torch.from_numpy(images), (2, 2, 2, 2))[:, None].repeat(1, 3, 1, 1)
-
-
-def mnist_file(name: str, data_root: str | Path) -> Path:
-    """Where one of MNIST's files lies, gzipped or not; else where it would be."""
-    folders = (Path(data_root) / "MNIST" / "raw", Path(data_root) / "mnist", Path(data_root))
-    files = [folder / f"{name.removesuffix('.gz')}{suffix}" for folder in folders for suffix in ("", ".gz")]
-    return next((file for file in files if file.is_file()), files[0])
-
-
-def read_idx(name: str, dimensions: int, data_root: str | Path) -> np.ndarray:
-    """MNIST's format: two zero bytes, 8 for uint8, the number of dimensions, each as a big-endian 32-bit integer, then the values."""
-    import gzip
-
-    file = mnist_file(name, data_root)
+    read, folder = getattr(datasets, TORCHVISION[dataset]), Path(data_root) / TORCHVISION[dataset] / "raw"
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
-            content = stream.read(2**28)  # MNIST has 47 MB; a bomb ends here
-        shape = tuple(np.frombuffer(content, ">u4", dimensions, offset=4).tolist())
-        if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) != 4 + 4 * dimensions + math.prod(shape):
-            raise ValueError(f"its header says {shape}, it has {len(content)} bytes")
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"{file} is missing or damaged ({error}): {how_to_get('mnist', data_root, file)}") from error
+        if dataset.startswith("cifar"):
+            folder = Path(data_root) / read.base_folder
+            found = read(data_root, train=train, download=download)
+            return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)
+        name, own = "train" if train else "t10k", folder
+        places = (own, Path(data_root) / dataset, Path(data_root))
+        folder = next((place for place in places if list(place.glob(f"{name}-{IDX[0]}*"))), own)
+        if download and not list(folder.glob(f"{name}-{IDX[0]}*")):
+            read(data_root, download=True)
+        images, labels = (read_idx(folder / f"{name}-{kind}") for kind in IDX)
+        if images.shape != (len(labels), 28, 28) or labels.max() >= NUM_CLASSES[dataset]:
+            raise ValueError(f"images {tuple(images.shape)}, {len(labels)} labels up to {labels.max()}")
+        return as_32_px(images), labels.long()
+    except Exception as error:  # no network, a damaged archive, a checksum, a header: each raises its own
+        advice = "remove it and " * folder.is_dir() + how_to_get(dataset, data_root)
+        raise InputError(f"{folder} is missing or damaged ({error}): {advice}") from error
 
 
-FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # the five of CheXpert's that are scored
+def read_idx(file: Path) -> Tensor:
+    """A file of MNIST's format, gzipped (.gz) or not."""
+    from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
+    from torchvision.datasets.utils import extract_archive
+
+    if file.is_file():
+        return read_sn3_pascalvincent_tensor(str(file))
+    with tempfile.TemporaryDirectory() as directory:  # a package's folder cannot be written to
+        return read_sn3_pascalvincent_tensor(extract_archive(f"{file}.gz", directory))
 
 
-def load_chexpert(data_root: str | Path, uncertain: str = "ones") -> tuple["Folder", "Folder"]:
-    """CheXpert (Irvin et al. 2019, arXiv 1901.07031), train.csv and valid.csv, with labels (N, 5) float of FINDINGS: 1, 0, or NaN for "ignore".
-
-    They lie in <data_root>/CheXpert-v1.0-small, …/CheXpert-v1.0, …/chexpert or data_root itself. An empty label counts 0; an uncertain one (-1) as
-    `uncertain` says: "ones", "zeros" or "ignore". Raises InputError for a csv that is missing, lacks columns or names pictures that are not there.
-    """
-    import csv
-
-    root = Path(data_root)
-    if not (root / "train.csv").is_file():
-        root = first_directory(root, ("CheXpert-v1.0-small", "CheXpert-v1.0", "chexpert"))
-    values = {"1": 1.0, "0": 0.0, "": 0.0, "-1": {"ones": 1.0, "zeros": 0.0, "ignore": math.nan}[uncertain]}
-    folders = []
-    for name in ("train.csv", "valid.csv"):
-        file, labels, paths = root / name, [], []
-        try:
-            with open(file, newline="", encoding="utf-8") as stream:
-                rows = csv.DictReader(stream)
-                missing = [column for column in ("Path", *FINDINGS) if column not in (rows.fieldnames or ())]
-                if missing:
-                    raise InputError(f"{file} has no column {', '.join(missing)}: take CheXpert's own")
-                for row in rows:
-                    labels.append([values[(row[finding] or "").strip().removesuffix(".0")] for finding in FINDINGS])
-                    paths.append(row["Path"] or "")
-        except OSError as error:
-            advice = "CheXpert is had from https://stanfordmlgroup.github.io/competitions/chexpert; name its folder with --data-root"
-            raise MissingData(f"{file} is missing ({error.strerror}): {advice}") from error
-        except (KeyError, UnicodeDecodeError, csv.Error) as error:
-            what = f"a label is {error}, not 1, 0, -1 or empty" if isinstance(error, KeyError) else error
-            raise InputError(f"{file}, line {len(labels) + 2}: {what}") from error
-        if not paths:
-            raise InputError(f"{file} names no pictures: take CheXpert's own")
-        # Paths begin with the name of the published folder, whatever its name is here.
-        bases = [base for base in (root.parent, root) if os.path.isfile(base / paths[0])]
-        files = [str(bases[0] / path) for path in paths] if bases else [str(root.joinpath(*Path(path).parts[1:])) for path in paths]
-        absent = next((path for path in files if not os.path.isfile(path)), None)
-        if absent is not None:
-            raise InputError(f"{file} names {absent}, which is missing: unpack the pictures beside it")
-        folders.append(Folder(files, torch.tensor(labels)))
-    return folders[0], folders[1]
-
-
-def split_patients(pictures: "Folder", proportion: float) -> tuple["Folder", "Folder"]:
-    """Pictures of `proportion` of the patients, drawn at random but always alike, and those of the others; a path names its patient."""
-    patients = [next((part for part in Path(os.fsdecode(file)).parts if part.startswith("patient")), os.fsdecode(file)) for file in pictures.files]
-    names = sorted(set(patients))
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
-    chosen = {names[number] for number in order[: min(max(1, round(proportion * len(names))), len(names) - 1)]}
-    inside = torch.tensor([patient in chosen for patient in patients])
-    return pictures.part(inside.nonzero()[:, 0]), pictures.part((~inside).nonzero()[:, 0])
-
-
-def fake_images(count: int, num_classes: int, height: int, width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random pixels, uint8 (count, 3, height, width), and labels in turn, int64 (count,): for measuring speed and trying things out."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(256, (count, 3, height, width), generator=generator, dtype=torch.uint8), torch.arange(count) % num_classes
+def as_32_px(images: Tensor) -> Tensor:
+    """uint8 (N, 28, 28) → (N, 3, 32, 32), black around."""
+    return F.pad(images, (2, 2, 2, 2))[:, None].repeat(1, 3, 1, 1)
 
 
 class Corruptions(NamedTuple):
     """A corrupted test set. `read(name, severity)` makes or reads one part of it."""
 
-    read: Callable[[str, int], "Data"]
-    names: tuple[str, ...]  # the mean is taken over these
-    extra: tuple[str, ...]  # reported beside
-    severities: tuple[int, ...]
+    read: Callable[[str, int], Data]
     source: str
+    names: tuple[str, ...]
+    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
 
     @property
     def protocol(self) -> str:
-        severities = f" x severities 1-{len(self.severities)}" if len(self.severities) > 1 else ""
+        severities = f" x severities 1-{len(self.severities)}" * (len(self.severities) > 1)
         return f"{self.source}, {len(self.names)} corruptions{severities}"
 
 
 # Mu & Gilmer 2019, arXiv 1906.02337; one severity
-MNIST_C = (
-    *("shot_noise", "impulse_noise", "glass_blur", "motion_blur", "shear", "scale", "rotate", "brightness"),
-    *("translate", "stripe", "fog", "spatter", "dotted_line", "zigzag", "canny_edges"),
-)
+MNIST_C = ("shot_noise", "impulse_noise", "glass_blur", "motion_blur", "shear", "scale", "rotate")
+MNIST_C += ("brightness", "translate", "stripe", "fog", "spatter", "dotted_line", "zigzag", "canny_edges")
 
 
-def corruption_files(
-    dataset: str, data_root: str | Path, clean_labels: torch.Tensor | None = None, directory: str | Path | None = None
+def array_corruptions(
+    folder: Path, dataset: str, labels: Tensor, machine: "Machine", advice: str
 ) -> Corruptions:
-    """CIFAR-10-C, CIFAR-100-C or MNIST-C as published, in `directory` (default: <data_root>/CIFAR-10-C and so on). Raises InputError for what is
-    damaged or not all there, MissingData where there is nothing.
+    """CIFAR-10-C, CIFAR-100-C or MNIST-C as published; labels: the test set's, which must be those of each
+    severity.
 
-    CIFAR-C: `<corruption>.npy`, uint8 (5·N, 32, 32, 3), severity after severity, and `labels.npy` (5·N,), in the test set's order; the four extra
-    corruptions where they are there. MNIST-C: `<corruption>/test_{images,labels}.npy`, uint8 (N, 28, 28, 1). Arrays are mapped, not read; never
-    unpickled. clean_labels: the test set's, which those of a corrupted set of the same size must equal.
+    CIFAR-C: `<corruption>.npy`, uint8 (5·N, 32, 32, 3), severity after severity, and `labels.npy` (5·N,).
+    MNIST-C: `<corruption>/test_{images,labels}.npy`, uint8 (N, 28, 28, 1).
     """
-    if f"{dataset}-c" not in ARCHIVES:
-        raise MissingData(f"no corrupted test set of {dataset} is published")
-    published = {"mnist": "MNIST-C", "cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}[dataset]
-    directory = Path(directory or Path(data_root) / ARCHIVES[f"{dataset}-c"][1][0][2][0])
-    again = how_to_get(f"{dataset}-c", data_root, directory)
-    if not directory.is_dir():
-        raise MissingData(f"{directory} is missing: {again}")
-    names, severities = (MNIST_C, (1,)) if dataset == "mnist" else (CORRUPTIONS, (1, 2, 3, 4, 5))
-    parts, shape = len(severities), (28, 28, 1) if dataset == "mnist" else (32, 32, 3)
+    names, parts, images_of, labels_of = CORRUPTIONS, 5, "{}.npy", "labels.npy"
+    if dataset == "mnist":
+        names, parts, images_of, labels_of = MNIST_C, 1, "{}/test_images.npy", "{}/test_labels.npy"
 
-    def arrays(name: str) -> tuple[np.ndarray, np.ndarray]:
-        files = [directory / f"{name}.npy", directory / "labels.npy"]
-        if dataset == "mnist":
-            files = [directory / name / "test_images.npy", directory / name / "test_labels.npy"]
-        images, labels = (read_array(file, again) for file in files)
-        if images.dtype != np.uint8 or images.shape[1:] != shape or len(images) % parts or len(images) == 0:
-            raise InputError(f"{files[0]} is {images.dtype} {images.shape}: expected uint8 ({f'{parts}·' * (parts > 1)}N, {str(shape)[1:]}; {again}")
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-            raise InputError(f"{files[1]} is {labels.dtype} {labels.shape}, but {files[0]} is {images.shape}: {again}")
-        return images, labels
+    def read(name: str, severity: int) -> Images:
+        file = folder / images_of.format(name)
+        try:
+            files = (file, folder / labels_of.format(name))
+            arrays = [np.split(np.lib.format.open_memmap(path, mode="r"), parts) for path in files]
+            images, found = (torch.from_numpy(array[severity - 1].copy()) for array in arrays)
+            if images.dtype != torch.uint8 or images.shape[1:] != (
+                (28, 28, 1) if parts == 1 else (32, 32, 3)
+            ):
+                raise ValueError(f"it holds {images.dtype} {tuple(images.shape)}")
+            if len(images) != len(found) or not torch.equal(found.long(), labels):
+                raise ValueError(f"its labels are not those of the {len(labels)} test images")
+        except Exception as error:  # a damaged header raises what NumPy, Python's parser and mmap meet
+            raise InputError(f"{file} is missing or damaged ({error}): {advice}") from error
+        images = as_32_px(images[..., 0]) if parts == 1 else images.permute(0, 3, 1, 2).contiguous()
+        return Images(images, found.long(), machine)
 
-    extra = () if dataset == "mnist" else tuple(name for name in EXTRA_CORRUPTIONS if (directory / f"{name}.npy").is_file())
-    for name in names + extra:
-        images, labels = arrays(name)
-        repeated = labels.reshape(parts, -1)
-        expected = repeated[0] if clean_labels is None or len(clean_labels) != repeated.shape[1] else clean_labels.numpy()
-        if (repeated != expected).any() or repeated.min() < 0 or repeated.max() >= NUM_CLASSES[dataset]:
-            raise InputError(f"the labels of {directory} ({name}) do not match {dataset}'s test labels: {again}")
-
-    def read(name: str, severity: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images, labels = arrays(name)
-        count = len(images) // parts
-        rows = slice((severity - 1) * count, severity * count)
-        images, labels = images[rows].copy(), torch.from_numpy(labels[rows].astype(np.int64))
-        return (as_32_px(images[..., 0]) if dataset == "mnist" else torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()), labels
-
-    return Corruptions(read, names, extra, severities, f"{published} as published")
+    for name in names:
+        read(name, parts)
+    return Corruptions(read, f"{folder.name} as published", names, tuple(range(1, parts + 1)))
 
 
-def read_array(file: Path, advice: str) -> np.ndarray:
-    """An array file, mapped rather than read; never unpickled."""
+def picture_corruptions(folder: Path, clean: Pictures, workers: int, advice: str) -> Corruptions:
+    """ImageNet-C's pictures, `<corruption>/<severity>/<class>/…`, with the classes of `clean` in every
+    folder, and as many pictures."""
+    found = {}
+    for name, severity in [(name, severity) for name in CORRUPTIONS for severity in range(1, 6)]:
+        try:  # published at 224 px already
+            place = folder / name / str(severity)
+            found[name, severity] = class_folder(place, clean.machine, workers, advice, clean, resize=224)
+        except MissingData as error:
+            raise InputError(str(error)) from error
+    least, most = (choose(found.values(), key=len) for choose in (min, max))
+    if len(least) < len(most):
+        raise InputError(f"{least.place} is half copied: {len(least)} pictures, others have {len(most)}")
+    return Corruptions(lambda *key: found[key], f"{folder.name} as published", CORRUPTIONS)
+
+
+class Sets(NamedTuple):
+    """What a run needs of a data set, whatever its kind. See load_sets."""
+
+    train: Data | None
+    val: Data | None
+    test: Data
+    corruptions: Corruptions | None
+    num_classes: int
+    notes: list[str]  # what is left out for want of files
+
+
+def dataset_name(text: str) -> str:
+    """An argparse type: "cifar10-c" and the like are evaluated with the set that they are made from."""
+    return text.removesuffix("-c")
+
+
+def load_sets(
+    dataset: str,
+    data_root: str,
+    machine: "Machine",
+    *,
+    workers: int = 0,
+    split: str = "test",
+    validation: bool = True,
+    train: bool = True,
+    corruptions: str | None = "if there",
+    generate: bool = False,
+    clean_directory: str | None = None,
+    corrupted_directory: str | None = None,
+    dry_run: bool = False,
+) -> Sets:
+    """Look for all that a run needs of a data set, before a file is written; InputError says what is missing.
+
+    dataset: one of NUM_CLASSES, "imagenet", "folder" or "fake". split: what is evaluated, "test", or "val" to
+    tune on. validation: hold validation images out of the training images. corruptions: "needed", "if there"
+    or None; digits' and fake's are generated, others with `generate`. A dry run takes a few images of each,
+    and downloads nothing.
+    """
+    if dataset == "fake":
+        count, num_classes, *shape = FAKE_SHAPE
+        parts = [Images(*fake_images(size, num_classes, *shape), machine) for size in (count, 32, 32)]
+    elif dataset in NUM_CLASSES:
+        num_classes = NUM_CLASSES[dataset]
+        machine.on_main(lambda: load_split(dataset, "test", data_root, not dry_run))  # downloads
+        parts = [Images(*load_split(dataset, part, data_root, False), machine) for part in SPLITS]
+        if not validation and dataset != "digits":  # as published: all training images
+            parts[0] = Images(*map(torch.cat, zip(parts[0].tensors(), parts[1].tensors())), machine)
+    else:
+        parts = find_folders(dataset, data_root, clean_directory, machine, workers, train or split == "val")
+        num_classes = len(parts[2].classes)
+        if parts[1] is None and parts[0] is not None and validation:
+            chosen = held_out(parts[0].labels)
+            parts[:2] = [parts[0].part(rows.nonzero()[:, 0]) for rows in (~chosen, chosen)]
+    clean, evaluated = parts[2], parts[SPLITS.index(split)]
+    if evaluated is None:
+        raise InputError(f"{dataset} has no validation images, and none are held out of its training images")
+    parts = [parts[0], parts[1] if validation else None, evaluated]
+    if dry_run:
+        parts = [part and part.take(most) for part, most in zip(parts, (64, 64, 16))]
+    found, notes, made = None, [], dataset in ("digits", "fake")
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.memmap):  # an archive of arrays, whatever its name
-            raise ValueError("it is no array file")
-        return array
-    except Exception as error:  # a hostile header raises what NumPy, Python's parser and mmap meet: SyntaxError, OverflowError, RecursionError …
-        raise InputError(f"{file} is missing or damaged ({error}): {advice}") from error
+        if corruptions and (made or split == "val"):
+            raise MissingData(f"no corruptions of {dataset}'s {split} images are published")
+        if corruptions:
+            found = find_corruptions(dataset, data_root, clean, corrupted_directory, workers)
+    except MissingData as missing:
+        if corrupted_directory or (corruptions == "needed" and not generate and not made):
+            raise InputError(f"{missing}; or make them with --generate-corruptions") from missing
+        notes = [f"{missing}; corruptions are not evaluated (--generate-corruptions makes them)"]
+        if generate or made:
+            source = f"{dataset}-C generated from the {len(parts[2])} {split} images"
+            found, notes = Corruptions(parts[2].corrupted, source, CORRUPTIONS), []
+    if found and dry_run:
+        found = found._replace(read=lambda name, severity, read=found.read: read(name, severity).take(1))
+    return Sets(*parts, found, num_classes, notes)
 
 
-def find_data(name: str, data_root: str | Path) -> Path:
-    """The file `name` under data_root; the default "data" is also looked for beside this file, for scripts run from elsewhere."""
-    candidates = [Path(data_root) / name] + ([ROOT / "data" / name] if str(data_root) == "data" else [])
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise InputError(f"{candidates[0]} is missing: it comes with the repository (git checkout data/{name}), or name its folder with --data-root")
+def fake_images(count: int, num_classes: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Random pixels, uint8 (count, 3, height, width), and labels in turn: to measure speed and to try things
+    out."""
+    draws = torch.Generator().manual_seed(count)
+    images = torch.randint(256, (count, 3, height, width), generator=draws, dtype=torch.uint8)
+    return images, torch.arange(count) % num_classes
+
+
+def find_folders(
+    dataset: str, data_root: str, named: str | None, machine: "Machine", workers: int, train: bool
+) -> list[Pictures | None]:
+    """Training, validation and test pictures of "imagenet" or of one's own "folder", whose classes must
+    agree.
+
+    In train/, and test/ or val/ (of both, val/ is for validation; ImageNet's val/ is its test set), of the
+    folder `named`, <data_root>/imagenet or data_root; to evaluate, that may hold the classes itself.
+    """
+    root = Path(named or data_root)
+    flag = "--datadir-clean" if named else "--data-root"
+    advice = f"name the folder that holds train/, and test/ or val/, with {flag}"
+    if dataset == "imagenet":
+        advice = f"ImageNet is had from https://image-net.org/download.php; {advice}"
+        root = root if named or (root / "val").is_dir() else root / "imagenet"
+    train_place, val_place, test_place = root / "train", root / "val", root / "test"
+    if dataset == "imagenet" or not test_place.is_dir():
+        val_place, test_place = None, val_place
+    elif not val_place.is_dir():
+        val_place = None
+    if not train and not test_place.is_dir() and not train_place.is_dir() and root.is_dir():
+        test_place = root
+    test = class_folder(test_place, machine, workers, advice)
+    places = [train_place if train or train_place.is_dir() else None, val_place]
+    return [place and class_folder(place, machine, workers, advice, like=test) for place in places] + [test]
+
+
+def find_corruptions(
+    dataset: str, data_root: str, clean: Data, directory: str | None, workers: int
+) -> Corruptions:
+    """The published corruptions of the test images `clean`. Raises MissingData where there are none."""
+    archives = ARCHIVES.get(f"{dataset}-c")
+    if not directory and not archives:
+        raise MissingData(f"no corrupted test set of {dataset} is known: name it with --corruptions-path")
+    folder = Path(directory or Path(data_root) / ("imagenet-c" if dataset == "imagenet" else archives[0][2]))
+    advice = f"{how_to_get(f'{dataset}-c', data_root)}; name its folder with --corruptions-path"
+    if not folder.is_dir():
+        raise MissingData(f"{folder} is missing: {advice}")
+    if dataset in NUM_CLASSES:
+        return array_corruptions(folder, dataset, clean.labels.cpu(), clean.machine, advice)
+    return picture_corruptions(folder, clean, workers, advice)
+
+
+# ---------- Images: warps, contrast, the augmentation that classifiers are trained under ----------
 
 
 def modified_digits(
     split: str, data_root: str | Path = "data", variants: int = 10, seed: int = 0, dataset: str = "digits"
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Modified digits (or modified "mnist"): every digit of the split `variants` times, each with its own shift, zoom, gamma and contrast.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Modified digits (or another of SMALL), after GrETTA's modified MNIST: every image of the split
+    `variants` times.
 
-    After GrETTA's modified MNIST. Zoom 0.6..1 in x and in y about the centre, then a translation of up to ±8 px in x and in y;
-    gamma 2/3..3/2 (log-uniform), then contrast 0.8..1.2; all uniform and drawn from `seed`, so the set is always the same.
-    Returns images (variants·N, 3, 32, 32) uint8, labels (variants·N,) int64, and source (variants·N,) int64, the number of the
-    digit that each image was made from; images are ordered variant by variant.
+    Zoom 0.6..1 in x and y about the centre, then a translation of up to ±8 px in x and y; gamma 2/3..3/2
+    (log-uniform), then contrast 0.8..1.2; uniform, drawn from `seed`. Returns uint8 images (variants·N, 3,
+    32, 32), variant by variant, int64 labels, and the number (variants·N,) of the image that each was made
+    from.
     """
     images, labels = load_split(dataset, split, data_root)
     generator = torch.Generator().manual_seed(seed * len(SPLITS) + SPLITS.index(split))
     source = torch.arange(len(labels)).repeat(variants)
 
-    def uniform(low: float, high: float, columns: int) -> torch.Tensor:
+    def uniform(low: float, high: float, columns: int) -> Tensor:
         return low + (high - low) * torch.rand(len(source), columns, generator=generator)
 
     zoom, translation = uniform(0.6, 1.0, 2), uniform(-8, 8, 2)
@@ -447,27 +567,18 @@ def modified_digits(
     return to_uint8(modified), labels[source], source
 
 
-def to_float(images: torch.Tensor) -> torch.Tensor:
+def to_float(images: Tensor) -> Tensor:
     """uint8 0..255 → float32 in [0, 1]."""
     return images.float().div_(255)
 
 
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
+def to_uint8(images: Tensor) -> Tensor:
     """float in [0, 1] → uint8, rounded."""
     return images.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-def epoch_batches(size: int, batch_size: int, generator: torch.Generator) -> torch.Tensor:
-    """One epoch's shuffled batches, (steps, batch_size) indices; the images left over by the last whole batch wait for the next epoch.
-
-    The permutation is drawn on every rank alike; `own_rows` takes a rank's part of a batch.
-    """
-    steps = size // batch_size
-    return torch.randperm(size, generator=generator, device=generator.device)[: steps * batch_size].view(steps, batch_size)
-
-
-def constant(values: tuple, like: torch.Tensor) -> torch.Tensor:
-    """A small tensor of numbers, of the dtype and on the device of `like`; made once, as a copy to a GPU in every step would hold it up."""
+def constant(values: tuple, like: Tensor) -> Tensor:
+    """A small tensor like `like`, made once: a copy to a GPU in every step would hold it up."""
     if torch.compiler.is_compiling():  # torch.compile and torch.export keep it themselves
         return like.new_tensor(values)
     return kept_tensor(values, like.dtype, like.device)
@@ -475,15 +586,15 @@ def constant(values: tuple, like: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 @torch.inference_mode(False)
-def kept_tensor(values: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def kept_tensor(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-def affine_matrix(scale: torch.Tensor, translation: torch.Tensor, degrees: torch.Tensor | None = None) -> torch.Tensor:
+def affine_matrix(scale: Tensor, translation: Tensor, degrees: Tensor | None = None) -> Tensor:
     """Forward maps (B, 2, 3) in pixels about the image centre: p → R(degrees)·diag(scale)·p + translation.
 
-    scale (B, 2) in x and y, > 1 enlarges; translation (B, 2) in px, positive right and down; degrees (B,), positive
-    counter-clockwise as seen on the screen.
+    scale (B, 2) in x and y, > 1 enlarges; translation (B, 2) in px, positive right and down; degrees (B,),
+    positive counter-clockwise as seen on the screen.
     """
     angle = torch.zeros_like(scale[:, 0]) if degrees is None else torch.deg2rad(degrees)
     cos, sin = angle.cos(), angle.sin()
@@ -492,20 +603,20 @@ def affine_matrix(scale: torch.Tensor, translation: torch.Tensor, degrees: torch
     return torch.stack([row_x, row_y], dim=1)
 
 
-def affine_warp(images: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Warp each image by its own forward map; one bilinear interpolation, black outside, differentiable in both arguments.
-
-    images (B, C, H, W) float; matrix (B, 2, 3) in pixels about the centre, as `affine_matrix` makes them.
-    """
+def affine_warp(images: Tensor, matrix: Tensor) -> Tensor:
+    """Warp images (B, C, H, W) by forward maps (B, 2, 3) of affine_matrix; one bilinear interpolation, black
+    outside, differentiable in both."""
     height, width = images.shape[-2:]
     size = constant((width, height), matrix)
-    # grid_sample looks up, for every output pixel, where it comes from (the inverse map), in units of half the image.
+    # grid_sample looks up, for every output pixel, where it comes from (the inverse map), in units of half
+    # the image.
     linear, shift = matrix[:, :, :2], matrix[:, :, 2]
-    determinant = linear[:, 0, 0] * linear[:, 1, 1] - linear[:, 0, 1] * linear[:, 1, 0]
-    adjugate = torch.stack([linear[:, 1, 1], -linear[:, 0, 1], -linear[:, 1, 0], linear[:, 0, 0]], dim=1).view(-1, 2, 2)
-    inverse = adjugate / determinant[:, None, None]
+
+    a, b, c, d = linear.flatten(1).unbind(1)
+    adjugate = torch.stack([d, -b, -c, a], dim=1).view(-1, 2, 2)
+    inverse = adjugate / (a * d - b * c)[:, None, None]
     shift = -(inverse @ shift[:, :, None])[:, :, 0]
-    theta = torch.cat([inverse * (size[None, None, :] / size[None, :, None]), (shift * 2 / size)[:, :, None]], dim=2)
+    theta = torch.cat([inverse * (size / size[:, None]), (shift * 2 / size)[:, :, None]], dim=2)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
@@ -513,8 +624,9 @@ def affine_warp(images: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 LUMA = (0.299, 0.587, 0.114)
 
 
-def adjust_contrast(images: torch.Tensor, contrast: torch.Tensor) -> torch.Tensor:
-    """m + contrast·(x − m), clipped to [0, 1], with m the mean of the image's luma (0.299, 0.587, 0.114), as PIL's ImageEnhance.Contrast.
+def adjust_contrast(images: Tensor, contrast: Tensor) -> Tensor:
+    """m + contrast·(x − m), clipped to [0, 1], with m the mean of the image's luma, as PIL's
+    ImageEnhance.Contrast.
 
     images (B, 3, H, W) in [0, 1]; contrast (B,), 1 is the identity.
     """
@@ -523,518 +635,24 @@ def adjust_contrast(images: torch.Tensor, contrast: torch.Tensor) -> torch.Tenso
     return (mean + contrast.view(-1, 1, 1, 1) * (images - mean)).clamp(0, 1)
 
 
-def mild_augmentation(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """What the shipped digits classifiers were trained under: ±1 px, zoom 0.95..1.05, ±5°, per image. images (B, 3, H, W) in [0, 1]."""
-    draw = torch.rand(len(images), 5, generator=generator, device=generator.device).to(images.device) * 2 - 1
-    return affine_warp(images, affine_matrix(1 + 0.05 * draw[:, :2], draw[:, 2:4], 5 * draw[:, 4]))
+def light_augmentation(images: Tensor, dataset: str, draws: Tensor) -> Tensor:
+    """What classifiers are trained under: images (B, 3, H, W) in [0, 1], draws (B, 5) uniform in −1..1.
 
-
-def crop_and_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """What CIFAR is trained under: shifted by up to 4 px in x and y, black outside, mirrored every other time. images (B, 3, H, W) in [0, 1]."""
-    shift = torch.randint(-4, 5, (len(images), 2), generator=generator, device=generator.device).to(images)
-    flip = torch.rand(len(images), generator=generator, device=generator.device).to(images.device) < 0.5
-    scale = torch.stack([torch.where(flip, -1.0, 1.0), torch.ones_like(shift[:, 0])], dim=1)
-    return affine_warp(images, affine_matrix(scale, shift))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders: class folders of pictures too many for memory; decoded and cropped by loader processes
-# ---------------------------------------------------------------------------------------------------------------------
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-
-
-def class_folders(directory: str | Path, advice: str) -> list[str]:
-    """The sorted names of the class folders in a directory; MissingData, ending in `advice`, where there is no such directory or none in it."""
-    if not Path(directory).is_dir():
-        raise MissingData(f"{directory} is missing: {advice}")
-    with os.scandir(directory) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise MissingData(f"{directory} holds no class folders: {advice}")
-    return classes
-
-
-def check_classes(directory: str | Path, classes: list[str], expected: list[str], where: str | Path) -> int:
-    """The number of pictures in all class folders of a directory. InputError, naming the first that differ, unless its classes are those in
-    `where`, and for one that is empty."""
-    missing, unexpected = sorted(set(expected) - set(classes)), sorted(set(classes) - set(expected))
-    faults = [
-        f"{kind} {', '.join(names[:3])}{' …' * (len(names) > 3)}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names
-    ]
-    if faults:
-        raise InputError(f"{directory} has other classes than {where}: {'; '.join(faults)}")
-    total = 0
-    for name in classes:
-        count = sum(file.lower().endswith(IMAGE_SUFFIXES) and file[0] != "." for file in os.listdir(Path(directory) / name))
-        if count == 0:
-            raise InputError(f"{Path(directory) / name} holds no pictures: copy or unpack it again")
-        total += count
-    return total
-
-
-def class_folder(directory: str | Path, classes: list[str], size: int = 224, resize: int = 256) -> "Folder":
-    """The pictures `<directory>/<class>/…`, labelled by the number of their class among the sorted `classes`. InputError for a class without any."""
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        with os.scandir(Path(directory) / name) as entries:
-            found = sorted(entry.path for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES))
-        if not found:
-            raise InputError(f"{Path(directory) / name} holds no pictures (looked for {', '.join(IMAGE_SUFFIXES)})")
-        files += found
-        labels += [label] * len(found)
-    return Folder(files, torch.tensor(labels), size, resize)
-
-
-class Folder(torch.utils.data.Dataset):
-    """Pictures on disk as uint8 (3, size, size), and their labels: numbers of classes (N,) int64, or several per picture (N, L) float.
-
-    An item is (number, key): a key seeds that picture's random crop (8 % to all of it, sides 3:4 to 4:3) and flip, whatever worker
-    does it; None scales the shorter side to `resize` and cuts the centre out. Raises InputError, when it is read, for a picture that is damaged,
-    naming it.
+    CIFAR: shifted by up to 4 px, black outside, and mirrored; small grey pictures: ±1 px, zoom 0.95..1.05,
+    ±5°; pictures on disk were cropped and mirrored as they were read.
     """
+    if dataset in ("imagenet", "folder", "chexpert"):
+        return images
+    if not dataset.startswith("cifar"):
+        return affine_warp(images, affine_matrix(1 + 0.05 * draws[:, :2], draws[:, 2:4], 5 * draws[:, 4]))
+    flips = torch.stack([draws[:, 2].sign(), torch.ones_like(draws[:, 2])], dim=1)
+    return affine_warp(images, affine_matrix(flips, (4.5 * draws[:, :2]).round()))
 
-    def __init__(self, files: list[str], labels: torch.Tensor, size: int = 224, resize: int = 256):
-        # Bytes in one array: millions of Python strings would be copied into every worker as their reference counts change.
-        self.files = np.array([os.fsencode(file) for file in files])
-        self.labels, self.size, self.resize = labels, size, resize
-        self.corruption: tuple[str, int] | None = None  # name and severity, made on the device, batch by batch
 
-    def __len__(self) -> int:
-        return len(self.files)
+# ---------- Corruptions: ImageNet-C's 15, batched; randomness is a function of an image's pixels ----------
 
-    def __getitem__(self, item: tuple[int, int | None]) -> tuple[torch.Tensor, torch.Tensor]:
-        number, key = item
-        file = os.fsdecode(self.files[number])
-        try:
-            picture = read_picture(file, self.size, self.resize) if key is None else read_crop(file, self.size, key)
-        except Exception as error:  # a damaged picture raises whatever its decoder meets
-            raise InputError(f"{file} is not a readable picture ({error}): restore it, or remove it") from error
-        return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).contiguous(), self.labels[number]
-
-    def keep(self, most: int) -> "Folder":
-        """A folder of at most `most` of these pictures, evenly spaced through them."""
-        return self.part(evenly_spaced(most, len(self)))
-
-    def part(self, chosen: torch.Tensor) -> "Folder":
-        """A folder of the pictures with these numbers."""
-        kept = copy.copy(self)
-        kept.files, kept.labels = self.files[chosen.numpy()], self.labels[chosen]
-        return kept
-
-    def corrupted(self, name: str, severity: int) -> "Folder":
-        """A folder of these pictures, corrupted on the device as they are read, with seed 0."""
-        changed = copy.copy(self)
-        changed.corruption = (name, severity)
-        return changed
-
-    def batches(self, items: Iterable[list[tuple[int, int | None]]], workers: int, machine: "Machine") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches of items as uint8 images (b, 3, size, size) and labels (b,) or (b, L), on the device."""
-        ahead = {"prefetch_factor": 4, "worker_init_fn": leave_signals} if workers else {}
-        pinned, own = machine.device.type == "cuda", torch.Generator()  # else it would draw from torch's, whose state is part of a run
-        loader = torch.utils.data.DataLoader(self, batch_sampler=items, num_workers=workers, pin_memory=pinned, generator=own, **ahead)
-        try:
-            for images, labels in loader:
-                images, labels = images.to(machine.device, non_blocking=True), labels.to(machine.device, non_blocking=True)
-                if self.corruption is not None:
-                    images = corrupt_uint8(images, *self.corruption, seed=0)
-                yield images, labels
-        except InputError as error:  # one raised in a worker comes with the worker's traceback before it
-            raise InputError(str(error).rpartition("common.InputError: ")[2].strip()) from error
-
-    def random_batches(
-        self, batch_size: int, generator: torch.Generator, workers: int, machine: "Machine", crop: bool = True, start: int = 0
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """One shuffled epoch from batch `start` on, this rank's part of each batch, randomly cropped and flipped (without `crop`: centres cut out);
-        order and keys are drawn on every rank alike."""
-        numbers = epoch_batches(len(self), batch_size, generator)
-        keys = torch.randint(2**62, numbers.shape, generator=generator, device=generator.device)
-        numbers, keys = numbers[start:], keys[start:]
-        drawn = ((machine.own_rows(row).tolist(), machine.own_rows(key).tolist()) for row, key in zip(numbers.cpu(), keys.cpu()))
-        return self.batches((list(zip(row, key if crop else [None] * len(row))) for row, key in drawn), workers, machine)
-
-    def all_batches(self, batch_size: int, workers: int, machine: "Machine") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's part of all pictures, in order, centres cut out."""
-        return self.numbered_batches(machine.own_rows(torch.arange(len(self))).split(batch_size), workers, machine)
-
-    def numbered_batches(self, batches: Iterable[torch.Tensor], workers: int, machine: "Machine") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The pictures with these numbers, batch by batch, centres cut out."""
-        return self.batches([[(number, None) for number in batch.tolist()] for batch in batches if len(batch)], workers, machine)
-
-
-def leave_signals(_number: int) -> None:
-    """In a loader process: Ctrl-C goes to all of them, and is the script's business; SIGTERM is how torch ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def open_picture(file: str | Path) -> Iterator["Image.Image"]:
-    """A picture whose header alone is read so far. Only of the formats that IMAGE_SUFFIXES names, and none so large or so long that decoding or
-    scaling it would fill the memory: at most PIL's 89 million pixels, sides of at most 1:100."""
-    import logging
-    import warnings
-
-    from PIL import Image
-
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a picture is said in one line, by who reads it
-    if not os.path.isfile(file):  # to open a pipe would wait for ever
-        raise FileNotFoundError("there is no such file")
-    with warnings_off():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(file, formats=("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF")) as opened:
-            if max(opened.size) > 100 * min(opened.size):
-                raise ValueError(f"it has {opened.size[0]} x {opened.size[1]} pixels")
-            yield opened
-
-
-def read_picture(file: str, size: int, resize: int) -> "Image.Image":
-    """An RGB picture, the shorter side scaled to `resize`, the centre (size, size) cut out, as torchvision's Resize and CenterCrop do."""
-    from torchvision.transforms.v2 import functional
-
-    with open_picture(file) as opened:
-        picture = functional.resize(opened.convert("RGB"), resize, antialias=True)
-    return functional.center_crop(picture, size)
-
-
-def random_box(width: int, height: int, draw: random.Random) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a random part of a picture, as torchvision's RandomResizedCrop draws it: 8 % to 100 % of the area, sides 3:4 to
-    4:3, at most ten tries, then the largest centre of such sides."""
-    for _ in range(10):
-        area, ratio = draw.uniform(0.08, 1) * width * height, math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return draw.randint(0, width - w), draw.randint(0, height - h), w, h
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    return (width - w) // 2, (height - h) // 2, w, h
-
-
-def read_crop(file: str, size: int, key: int) -> "Image.Image":
-    """A random part of a picture, scaled to (size, size), RGB, mirrored every other time; all of it drawn from the key.
-
-    A JPEG is decoded at half, a quarter or an eighth of its size where the part still has more pixels than are asked for.
-    """
-    from PIL import Image
-
-    draw = random.Random(key)
-    with open_picture(file) as opened:
-        width, height = opened.size
-        left, top, w, h = random_box(width, height, draw)
-        opened.draft("RGB", (math.ceil(width * size / w), math.ceil(height * size / h)))  # nothing but for JPEGs
-        x, y = opened.size[0] / width, opened.size[1] / height
-        picture = opened if opened.mode == "RGB" else opened.convert("RGB")
-        picture = picture.resize((size, size), Image.Resampling.BILINEAR, box=(left * x, top * y, (left + w) * x, (top + h) * y))
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else picture
-
-
-Data = tuple[torch.Tensor, torch.Tensor] | Folder  # uint8 images (N, 3, H, W) and labels (N,), or pictures on disk
-
-
-def count_images(data: Data | None) -> int:
-    return 0 if data is None else len(data) if isinstance(data, Folder) else len(data[1])
-
-
-def keep_some(data: Data | None, most: int) -> Data | None:
-    """At most `most` of the images: the first ones of tensors, evenly spaced pictures of a folder."""
-    return data.keep(most) if isinstance(data, Folder) else data and tuple(part[:most] for part in data)
-
-
-def imagenet_c(directory: str | Path, classes: list[str], where: Path) -> Corruptions:
-    """ImageNet-C's pictures, `<corruption>/<severity>/<class>/…`, once all folders are found to have the classes of `where` and as many pictures as
-    each other; the four extra corruptions where they are there. Raises InputError naming corruption and severity, MissingData for none at all."""
-    directory = Path(directory)
-    advice = "ImageNet-C is had with python common.py --download imagenet-c, or from https://zenodo.org/record/2235448; name its folder with --corruptions-path"
-    if not directory.is_dir():
-        raise MissingData(f"{directory} is missing: {advice}")
-    extra = tuple(name for name in EXTRA_CORRUPTIONS if (directory / name).is_dir())
-    counts = {}
-    for name in CORRUPTIONS + extra:
-        for severity in range(1, 6):
-            folder = directory / name / str(severity)
-            try:
-                counts[name, severity] = check_classes(folder, class_folders(folder, advice), classes, where)
-            except MissingData as error:
-                raise InputError(str(error)) from error
-    whole = max(counts.values())
-    for (name, severity), count in counts.items():
-        if count < whole:
-            raise InputError(f"{directory / name / str(severity)} is half copied: {count} pictures, others have {whole}; copy or unpack it again")
-
-    def read(name: str, severity: int) -> Folder:
-        return class_folder(directory / name / str(severity), classes, resize=224)  # published at 224 px already
-
-    return Corruptions(read, CORRUPTIONS, extra, (1, 2, 3, 4, 5), "ImageNet-C as published")
-
-
-def evenly_spaced(most: int, size: int) -> torch.Tensor:
-    """At most `most` of the numbers 0…size − 1, evenly spaced: (min(most, size),) int64."""
-    return torch.linspace(0, size - 1, min(most, size)).round().long()
-
-
-def gather_images(data: Data, most: int, workers: int, machine: "Machine") -> tuple[torch.Tensor, torch.Tensor]:
-    """At most `most` images and labels of a set, evenly spaced through it, on the device of every rank alike: uint8 (n, 3, H, W), (n,)."""
-    if isinstance(data, Folder):
-        data = data.keep(most)
-        images, labels = zip(*data.all_batches(128, workers, machine._replace(rank=0, world_size=1)))
-        return torch.cat(images), torch.cat(labels)
-    chosen = evenly_spaced(most, len(data[1]))
-    return data[0][chosen.to(data[0].device)].to(machine.device), data[1][chosen.to(data[1].device)].to(machine.device)
-
-
-class Place(NamedTuple):
-    """Where an epoch is continued: after `batches` of its batches, with the generator's state of that moment."""
-
-    batches: int = 0
-    state: torch.Tensor | None = None
-
-    def restore(self, generator: torch.Generator) -> None:
-        """To be called once the epoch's order is drawn (again)."""
-        if self.state is not None:
-            generator.set_state(self.state)
-
-
-EPOCH_START = Place()
-
-
-def plain_batches(
-    data: Data, batch_size: int, generator: torch.Generator, machine: "Machine", workers: int = 0, place: Place = EPOCH_START
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One shuffled epoch, batch by batch, as it is: this rank's rows as uint8 images (b, 3, H, W) and labels. batch_size is over all ranks."""
-    if isinstance(data, Folder):
-        batches = data.random_batches(batch_size, generator, workers, machine, crop=False, start=place.batches)
-        place.restore(generator)
-        yield from batches
-    else:
-        numbers = epoch_batches(len(data[1]), batch_size, generator)
-        place.restore(generator)
-        for index in numbers[place.batches :]:
-            own = machine.own_rows(index)
-            yield data[0][own], data[1][own]
-
-
-def numbered_batches(data: Data, batches: Iterable[torch.Tensor], workers: int, machine: "Machine") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The images with these numbers, batch by batch: uint8 images (b, 3, H, W) and labels, on the device."""
-    if isinstance(data, Folder):
-        yield from data.numbered_batches(batches, workers, machine)
-    else:
-        for index in batches:
-            index = index.to(data[0].device)
-            yield data[0][index].to(machine.device), data[1][index].to(machine.device)
-
-
-def image_batches(
-    data: Data,
-    batch_size: int,
-    generator: torch.Generator,
-    machine: "Machine",
-    workers: int = 0,
-    augmentation: Callable = mild_augmentation,
-    place: Place = EPOCH_START,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One shuffled and augmented epoch, batch by batch: this rank's rows as float images (b, 3, H, W) in [0, 1] and labels (b,).
-
-    data: uint8 images and labels on the device (under `augmentation`), or a Folder (random crops and flips). batch_size is over all ranks;
-    order and augmentation are drawn from `generator` on every rank alike. Pictures left over by the last whole batch wait for the next epoch.
-    """
-    if isinstance(data, Folder):
-        batches = data.random_batches(batch_size, generator, workers, machine, start=place.batches)
-        place.restore(generator)
-        for images, labels in batches:
-            yield to_float(images), labels
-    else:
-        images, labels = data
-        numbers = epoch_batches(len(labels), batch_size, generator)
-        place.restore(generator)
-        for index in numbers[place.batches :]:
-            batch = augmentation(to_float(images[index]), generator)
-            yield machine.own_rows(batch), machine.own_rows(labels[index])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sets: what a run needs of a data set, whatever its kind
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Sets(NamedTuple):
-    """What a run needs of a data set; tensors are on the device. See load_sets."""
-
-    train: Data | None
-    val: Data | None
-    test: Data
-    corruptions: Corruptions | None
-    num_classes: int
-    size: int  # of the images, the shorter side in px
-    notes: list[str]  # what is left out for want of files
-
-
-FAKE_SHAPE = (256, 10, 32, 32)  # training images, classes, height, width
-
-
-def dataset_name(text: str) -> str:
-    """An argparse type: a data set; "cifar10-c" and the like are evaluated with the set that they are made from."""
-    return text.removesuffix("-c")
-
-
-def fake_shape(text: str) -> tuple[int, ...]:
-    """An argparse type: IMAGES,CLASSES,HEIGHT,WIDTH."""
-    try:
-        values = tuple(int(part) for part in text.strip("()[]").split(","))
-    except ValueError:
-        values = ()
-    if len(values) != 4 or min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: four whole numbers, images, classes, height and width, such as 256,10,32,32")
-    if 3 * values[0] * values[2] * values[3] > 2**36 or values[1] > 10**6:
-        raise argparse.ArgumentTypeError(f"{text}: at most 64 GB of images and a million classes")
-    return values
-
-
-def load_sets(
-    dataset: str,
-    data_root: str | Path,
-    machine: "Machine",
-    *,
-    split: str = "test",
-    validation: bool = True,
-    train: bool = True,
-    corruptions: str | None = "if there",
-    generate: bool = False,
-    clean_directory: str | Path | None = None,
-    corrupted_directory: str | Path | None = None,
-    fake_shape: tuple[int, ...] = FAKE_SHAPE,
-    download: bool = True,
-    dry_run: bool = False,
-) -> Sets:
-    """Look for everything that a run needs of a data set, before the first file is written; InputError says what is missing and how to get it.
-
-    dataset: one of NUM_CLASSES, "imagenet", "folder" or "fake". split: what is evaluated, "test", or "val" to tune on. validation: hold
-    validation images out of the training images (digits have their own, which are never trained on). train: False where the test images
-    suffice. corruptions: "needed", "if there" (a note says what is missing) or None; they are generated for digits and fake, and, with
-    `generate`, for any set that has none on disk. clean_directory, corrupted_directory: where ImageNet or a folder, and the corrupted set, lie
-    (default: in data_root). download: get MNIST and CIFAR where they are missing. A dry run takes a few images of each, and downloads nothing.
-    """
-    clean_labels = classes = test_folder = None
-    if dataset in NUM_CLASSES:
-        if download and not dry_run and dataset in ARCHIVES:
-            machine.on_main(lambda: fetch(dataset, data_root))
-        parts = [load_split(dataset, part, data_root, download=False) for part in ("train", "val", split)]
-        if not validation and dataset != "digits":  # as published: all training images
-            parts[0] = tuple(torch.cat(pair) for pair in zip(*parts[:2]))
-        num_classes, clean_labels = NUM_CLASSES[dataset], parts[2][1]
-    elif dataset == "fake":
-        count, num_classes, height, width = fake_shape
-        few = max(1, count // 4)
-        parts = [fake_images(size, num_classes, height, width, seed) for seed, size in enumerate((count, few, few))]
-    else:
-        folders, classes = find_folders(dataset, Path(clean_directory or data_root), clean_directory is not None, train or split == "val")
-        num_classes, test_folder = len(classes), folders[2]
-        parts = [None if folder is None else class_folder(folder, classes) for folder in folders]
-        if parts[1] is None and parts[0] is not None and validation:
-            chosen = held_out(parts[0].labels)
-            parts[0], parts[1] = (parts[0].part(rows.nonzero()[:, 0]) for rows in (~chosen, chosen))
-        if split == "val":
-            if parts[1] is None:
-                raise InputError(f"{dataset} has no validation images of its own, and none are held out of its training images")
-            parts[2] = parts[1]
-    parts[1] = parts[1] if validation else None
-    if dry_run:
-        parts = [keep_some(part, most) for part, most in zip(parts, (64, 64, 16))]
-    parts = [tuple(tensor.to(machine.device) for tensor in part) if isinstance(part, tuple) else part for part in parts]
-    test, notes, found = parts[2], [], None
-    if corrupted_directory and (dataset in ("digits", "fake") or split == "val"):
-        raise InputError(f"--corruptions-path {corrupted_directory}: the corruptions of {dataset}'s {split} images are generated; leave it out")
-    if corrupted_directory and not Path(corrupted_directory).is_dir():
-        raise InputError(f"--corruptions-path {corrupted_directory} is missing")
-    if corruptions:
-        generate = generate or dataset in ("digits", "fake")
-        try:
-            if split == "val" or dataset in ("digits", "fake"):
-                raise MissingData(f"published corruptions are of {dataset}'s test images")
-            if dataset == "folder" and not corrupted_directory:
-                raise MissingData("a folder's corrupted set is named with --corruptions-path")
-            if dataset == "folder":
-                found = imagenet_c(corrupted_directory, classes, test_folder)._replace(source=str(corrupted_directory))
-            elif dataset == "imagenet":
-                found = imagenet_c(corrupted_directory or first_directory(Path(data_root), ("imagenet-c", "ImageNet-C")), classes, test_folder)
-            else:
-                found = corruption_files(dataset, data_root, clean_labels, corrupted_directory)
-        except MissingData as missing:
-            if not generate and corruptions == "needed":
-                raise InputError(f"{missing}; or add --generate-corruptions") from missing
-            if not generate:
-                notes.append(f"{missing}; corruptions are not evaluated (--generate-corruptions makes them)")
-            else:
-                found = generated_corruptions(test, f"{dataset}-C generated from the {count_images(test)} {split} images")
-    if found is not None and dry_run:
-        read = found.read
-        found = found._replace(read=lambda name, severity: keep_some(read(name, severity), 1))
-    return Sets(*parts, found, num_classes, min(test[0].shape[-2:]) if isinstance(test, tuple) else test.size, notes)
-
-
-def generated_corruptions(test: Data, source: str) -> Corruptions:
-    """ImageNet-C's 15 corruptions made from test images as they are asked for, with seed 0."""
-
-    def read(name: str, severity: int) -> Data:
-        if isinstance(test, Folder):
-            return test.corrupted(name, severity)
-        return corrupt_uint8(test[0], name, severity, seed=0), test[1]
-
-    return Corruptions(read, CORRUPTIONS, (), (1, 2, 3, 4, 5), source)
-
-
-def first_directory(root: Path, names: tuple[str, ...]) -> Path:
-    """The first of these that is a directory in root; else where the first would be."""
-    return next((root / name for name in names if (root / name).is_dir()), root / names[0])
-
-
-def find_folders(dataset: str, root: Path, named: bool, train_needed: bool) -> tuple[list[Path | None], list[str]]:
-    """The folders of training, validation and test pictures of "imagenet" or of one's own "folder", and their classes, which must agree.
-
-    ImageNet: train/ and val/ (its test images) in <root>/imagenet or in root itself; to evaluate, val/ will do, or, where it is `named`, the folder
-    of classes itself. One's own: train/, and test/ or val/ in root; where both are there, val/ is for validation. Raises InputError.
-    """
-    if dataset == "imagenet":
-        advice = "ImageNet is had from https://image-net.org/download.php; name its folder, which holds train/ and val/, with "
-        advice += "--datadir-clean" if named else "--data-root (in game_of_noise.py also --datadir-clean)"
-        base = root if named or (root / "val").is_dir() else first_directory(root, ("imagenet", "ImageNet"))
-        train, val, test = base / "train", None, base / "val"
-        if named and not train_needed and base.is_dir() and not test.is_dir() and not train.is_dir():
-            test = base
-    else:
-        advice = "name the folder that holds train/, and test/ or val/, each with a folder of pictures per class, with --data-root"
-        train, val, test = root / "train", root / "val", root / "test"
-        val, test = (val if val.is_dir() else None, test) if test.is_dir() else (None, val)
-    classes = class_folders(test, advice)
-    for other in (train, val):
-        if other is not None and (other.is_dir() or (train_needed and other == train)):
-            check_classes(other, class_folders(other, advice), classes, test)
-    return [train if train.is_dir() else None, val, test], classes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Corruptions: ImageNet-C's 15 and 4 more, batched, each image's randomness a function of its own pixels
-# ---------------------------------------------------------------------------------------------------------------------
-
-CORRUPTIONS = (
-    "gaussian_noise",
-    "shot_noise",
-    "impulse_noise",
-    "defocus_blur",
-    "glass_blur",
-    "motion_blur",
-    "zoom_blur",
-    "snow",
-    "frost",
-    "fog",
-    "brightness",
-    "contrast",
-    "elastic_transform",
-    "pixelate",
-    "jpeg_compression",
-)
-EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-
-# Severities 1..5 as published (make_cifar_c.py and make_imagenet_c.py of github.com/hendrycks/robustness): the first
-# row of each name made CIFAR-10-C, the second ImageNet-C. The functions below name the numbers.
+# Severities 1..5 as published (make_cifar_c.py and make_imagenet_c.py of github.com/hendrycks/robustness):
+# the first row of each name made CIFAR-10-C, the second ImageNet-C. The functions below name the numbers.
 # fmt: off
 SEVERITIES = {
     "gaussian_noise": ((0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)),
@@ -1049,8 +667,9 @@ SEVERITIES = {
     # Counts are those of numpy.arange(1, 1.06, 0.01) and so on, which sometimes includes its end.
     "zoom_blur": (((7, 0.01), (12, 0.01), (16, 0.01), (21, 0.01), (26, 0.01)),
                   ((12, 0.01), (16, 0.01), (11, 0.02), (13, 0.02), (11, 0.03))),
-    "snow": (((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-              (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),
+    "snow": (((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+              (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9), (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+              (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),
              ((0.1, 0.3, 3, 0.5, 10, 4, 0.8), (0.2, 0.3, 2, 0.5, 12, 4, 0.7), (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
               (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65), (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55))),
     # The last number is the photographs' scale: they were shrunk to a fifth for CIFAR-10-C.
@@ -1060,57 +679,33 @@ SEVERITIES = {
             ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))),
     "brightness": ((0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),
     "contrast": ((0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),
-    # In units of the image's side, which was 32, and for ImageNet-C 244 (written for 224: elastic_transform rescales).
-    "elastic_transform": (((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
-                          ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02))),
+    # In units of the image's side, which was 32, and for ImageNet-C 244 (elastic_transform rescales from
+    # 224).
+    "elastic_transform": (((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05),
+                           (0.1, 0.03, 0.03)),
+                          ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02),
+                           (0.12, 0.01, 0.02))),
     "pixelate": ((0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)),
     "jpeg_compression": ((80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
-    "speckle_noise": ((0.06, 0.1, 0.12, 0.16, 0.2), (0.15, 0.2, 0.35, 0.45, 0.6)),
-    "gaussian_blur": ((0.4, 0.6, 0.7, 0.8, 1), (1, 2, 3, 4, 6)),
-    "spatter": (((0.62, 0.1, 0.7, 0.7, 0.5, 0), (0.65, 0.1, 0.8, 0.7, 0.5, 0), (0.65, 0.3, 1, 0.69, 0.5, 0),
-                 (0.65, 0.1, 0.7, 0.69, 0.6, 1), (0.65, 0.1, 0.5, 0.68, 0.6, 1)),
-                ((0.65, 0.3, 4, 0.69, 0.6, 0), (0.65, 0.3, 3, 0.68, 0.6, 0), (0.65, 0.3, 2, 0.68, 0.5, 0),
-                 (0.65, 0.3, 1, 0.65, 1.5, 1), (0.67, 0.4, 1, 0.65, 1.5, 1))),
-    "saturate": (((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
-                 ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))),
 }
 # fmt: on
+CORRUPTIONS = tuple(SEVERITIES)  # in the standard order
 
 
 @torch.no_grad()
-def corrupt(images: torch.Tensor, name: str, severity: int, seed: int) -> torch.Tensor:
+def corrupt(images: Tensor, name: str, severity: int, seed: int) -> Tensor:
     """Corrupt a batch as ImageNet-C does (Hendrycks & Dietterich 2019, arXiv 1903.12261).
 
-    images: floating (B, 3, H, W) in [0, 1], on any device, sides of 28 or more. CIFAR-10-C's constants up to 64 px on
-    the longer side, ImageNet-C's above; kernels given in pixels stay as published whatever the size.
-    name: one of CORRUPTIONS or EXTRA_CORRUPTIONS; severity: 1..5; seed: any integer.
-    Returns a tensor of the same shape, dtype and device, in [0, 1], not quantised to 8 bits.
-    An image's randomness is a function of (seed, name, severity, its own 8-bit pixels): neither the batch around it
-    nor its position in it changes the result. Raises InputError for an unknown name or severity, or another shape.
+    images: floating (B, 3, H, W) in [0, 1], on any device, sides of 28 or more. CIFAR-10-C's constants up to
+    64 px on the longer side, ImageNet-C's above; kernels given in pixels stay as published. Returns the same
+    shape, dtype and device, in [0, 1], not quantised. An image's randomness is a function of (seed, name,
+    severity, its own 8-bit pixels): the batch around it changes nothing. Raises InputError for an unknown
+    name or severity, or another shape.
     """
-    functions = {
-        "gaussian_noise": gaussian_noise,
-        "shot_noise": shot_noise,
-        "impulse_noise": impulse_noise,
-        "defocus_blur": defocus_blur,
-        "glass_blur": glass_blur,
-        "motion_blur": motion_blur,
-        "zoom_blur": zoom_blur,
-        "snow": snow,
-        "frost": frost,
-        "fog": fog,
-        "brightness": brightness,
-        "contrast": contrast,
-        "elastic_transform": elastic_transform,
-        "pixelate": pixelate,
-        "jpeg_compression": jpeg_compression,
-        "speckle_noise": speckle_noise,
-        "gaussian_blur": gaussian_blur,
-        "spatter": spatter,
-        "saturate": saturate,
-    }
-    if name not in functions:
-        raise InputError(f"unknown corruption {name!r}; choose from {', '.join(functions)}")
+    functions = (gaussian_noise, shot_noise, impulse_noise, defocus_blur, glass_blur, motion_blur, zoom_blur)
+    functions += (snow, frost, fog, brightness, contrast, elastic_transform, pixelate, jpeg_compression)
+    if name not in CORRUPTIONS:
+        raise InputError(f"unknown corruption {name!r}; choose from {', '.join(CORRUPTIONS)}")
     if severity not in (1, 2, 3, 4, 5):
         raise InputError(f"severity must be 1, 2, 3, 4 or 5, not {severity!r}")
     if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
@@ -1119,11 +714,12 @@ def corrupt(images: torch.Tensor, name: str, severity: int, seed: int) -> torch.
     constants = constants if isinstance(constants, tuple) else (constants,)
     pixels = images.float().contiguous()
     keys = image_keys(pixels, f"{name} {int(severity)} {int(seed)}")
-    return functions[name](pixels, keys, *constants).clamp(0, 1).to(images.dtype)
+    return functions[CORRUPTIONS.index(name)](pixels, keys, *constants).clamp(0, 1).to(images.dtype)
 
 
-def corrupt_uint8(images: torch.Tensor, name: str, severity: int, seed: int) -> torch.Tensor:
-    """As `corrupt`, for uint8 images (N, 3, H, W), as many at a time as make a million pixels; returns uint8."""
+def corrupt_uint8(images: Tensor, name: str, severity: int, seed: int) -> Tensor:
+    """As `corrupt`, for uint8 images (N, 3, H, W), as many at a time as make a million pixels; returns
+    uint8."""
     parts = images.split(max(1, 2**20 // (images.shape[2] * images.shape[3])))
     return torch.cat([to_uint8(corrupt(to_float(part), name, severity, seed)) for part in parts])
 
@@ -1132,15 +728,11 @@ def corrupt_uint8(images: torch.Tensor, name: str, severity: int, seed: int) -> 
 # (B, 3, H, W) before clamping. Streams 0, 1, 2... keep the random draws of one function apart.
 
 
-def gaussian_noise(images: torch.Tensor, keys: torch.Tensor, deviation: float) -> torch.Tensor:
+def gaussian_noise(images: Tensor, keys: Tensor, deviation: float) -> Tensor:
     return images + deviation * normals(keys, 0, images.shape[1:])
 
 
-def speckle_noise(images: torch.Tensor, keys: torch.Tensor, deviation: float) -> torch.Tensor:
-    return images + images * deviation * normals(keys, 0, images.shape[1:])
-
-
-def shot_noise(images: torch.Tensor, keys: torch.Tensor, photons: int) -> torch.Tensor:
+def shot_noise(images: Tensor, keys: Tensor, photons: int) -> Tensor:
     """Poisson counts with mean photons * x, by inversion of an exact table over the 256 pixel values."""
     most = photons + int(10 * math.sqrt(photons)) + 10
     counts = torch.arange(most, dtype=torch.float64)
@@ -1149,21 +741,18 @@ def shot_noise(images: torch.Tensor, keys: torch.Tensor, photons: int) -> torch.
     # Row v of the table is shifted to [v, v + 1], so that one sorted list serves every pixel value.
     table = probabilities.cumsum(1).clamp(max=1) + torch.arange(256)[:, None]
     values = (images * 255).round()
-    drawn = torch.searchsorted(table.flatten().to(images.device), values + uniforms(keys, 0, images.shape[1:]).double())
+    draws = values + uniforms(keys, 0, images.shape[1:]).double()
+    drawn = torch.searchsorted(table.flatten().to(images.device), draws)
     return (drawn - values.long() * most).float() / photons
 
 
-def impulse_noise(images: torch.Tensor, keys: torch.Tensor, amount: float) -> torch.Tensor:
+def impulse_noise(images: Tensor, keys: Tensor, amount: float) -> Tensor:
     """Salt and pepper: every channel of every pixel on its own, half black and half white."""
     draws = uniforms(keys, 0, images.shape[1:])
     return torch.where(draws < amount / 2, 0.0, torch.where(draws > 1 - amount / 2, 1.0, images))
 
 
-def gaussian_blur(images: torch.Tensor, keys: torch.Tensor, deviation: float) -> torch.Tensor:
-    return blur(images, deviation)
-
-
-def defocus_blur(images: torch.Tensor, keys: torch.Tensor, radius: float, softness: float) -> torch.Tensor:
+def defocus_blur(images: Tensor, keys: Tensor, radius: float, softness: float) -> Tensor:
     """A disk, smoothed by a Gaussian; mirrored borders. Computed as a product of spectra."""
     reach = min(int(radius) + 2, 8) if radius <= 8 else int(radius)
     offsets = torch.arange(-reach, reach + 1)
@@ -1178,13 +767,12 @@ def defocus_blur(images: torch.Tensor, keys: torch.Tensor, radius: float, softne
     return torch.fft.irfft2(spectrum, s=padded.shape[-2:])[..., : images.shape[2], : images.shape[3]].float()
 
 
-def glass_blur(images: torch.Tensor, keys: torch.Tensor, deviation: float, reach: int, rounds: int) -> torch.Tensor:
+def glass_blur(images: Tensor, keys: Tensor, deviation: float, reach: int, rounds: int) -> Tensor:
     """Blur, move pixels about, blur.
 
-    The published loop visits pixels from the bottom right to the top left and means to swap each with a random
-    neighbour, but its two NumPy views alias: it copies the neighbour over the pixel. We do what it does. A pixel
-    that reads one not yet visited takes the original; else it takes whatever that one took. Following these
-    references for all pixels at once, by pointer jumping, gives exactly the loop's result.
+    The published loop means to swap each pixel with a random neighbour, but its two NumPy views alias: it
+    copies the neighbour. One that reads a pixel not yet visited takes the original; else what that one took.
+    Following these references for all pixels at once, by pointer jumping, gives exactly the loop's result.
     """
     count, _, height, width = images.shape
     rows = torch.arange(height, device=images.device)[:, None]
@@ -1198,19 +786,21 @@ def glass_blur(images: torch.Tensor, keys: torch.Tensor, deviation: float, reach
         target = (here + draws[:, 0] * width + draws[:, 1]).flatten(1)  # (B, H*W)
         chained = (target > here.flatten()) & visited.flatten()[target]
         final = torch.where(chained, target, here.flatten())
-        for _ in range(6 if reach > 1 else 0):  # 2^6 references; a chain goes on with probability below a half
+        for _ in range(
+            6 if reach > 1 else 0
+        ):  # 2^6 references; a chain goes on with probability below a half
             final = final.gather(1, final)
         source = target.gather(1, final)
         blurred = blurred.gather(2, source[:, None].expand(-1, 3, -1))
     return blur(blurred.view(images.shape), deviation)
 
 
-def motion_blur(images: torch.Tensor, keys: torch.Tensor, radius: int, deviation: float) -> torch.Tensor:
+def motion_blur(images: Tensor, keys: Tensor, radius: int, deviation: float) -> Tensor:
     """A one-sided Gaussian streak at an angle drawn per image from -45..45 degrees."""
     return streak(images, radius, deviation, 90 * uniforms(keys, 0, (1,)) - 45)
 
 
-def zoom_blur(images: torch.Tensor, keys: torch.Tensor, count: int, step: float) -> torch.Tensor:
+def zoom_blur(images: Tensor, keys: Tensor, count: int, step: float) -> Tensor:
     """The mean of the image and its enlargements by 1, 1 + step, ..., count of them."""
     height, width = images.shape[-2:]
     total = images.double()
@@ -1221,8 +811,8 @@ def zoom_blur(images: torch.Tensor, keys: torch.Tensor, count: int, step: float)
 
 
 def snow(
-    images: torch.Tensor,
-    keys: torch.Tensor,
+    images: Tensor,
+    keys: Tensor,
     mean: float,
     deviation: float,
     zoom: float,
@@ -1230,7 +820,7 @@ def snow(
     radius: float,
     streak_deviation: float,
     keep: float,
-) -> torch.Tensor:
+) -> Tensor:
     """Enlarged, thresholded noise, streaked towards the ground, over a whitened image."""
     height, width = images.shape[-2:]
     flakes = mean + deviation * normals(keys, 0, (1, height, width))
@@ -1242,12 +832,13 @@ def snow(
     return keep * images + (1 - keep) * white + flakes + flakes.flip(2, 3)
 
 
-def frost(images: torch.Tensor, keys: torch.Tensor, keep: float, strength: float, scale: float) -> torch.Tensor:
-    """keep * x + strength * ice. Differs from the paper: its ice is six photographs, ours a procedural texture."""
+def frost(images: Tensor, keys: Tensor, keep: float, strength: float, scale: float) -> Tensor:
+    """keep * x + strength * ice. Differs from the paper: its ice is six photographs, ours a procedural
+    texture."""
     return keep * images + strength * ice(keys, *images.shape[-2:], scale)
 
 
-def fog(images: torch.Tensor, keys: torch.Tensor, strength: float, decay: float) -> torch.Tensor:
+def fog(images: Tensor, keys: Tensor, strength: float, decay: float) -> Tensor:
     """Adds a plasma fractal, then rescales so that the brightest value keeps its place."""
     height, width = images.shape[-2:]
     brightest = images.amax((1, 2, 3), keepdim=True)
@@ -1255,30 +846,21 @@ def fog(images: torch.Tensor, keys: torch.Tensor, strength: float, decay: float)
     return (images + strength * haze) * brightest / (brightest + strength)
 
 
-def brightness(images: torch.Tensor, keys: torch.Tensor, shift: float) -> torch.Tensor:
+def brightness(images: Tensor, keys: Tensor, shift: float) -> Tensor:
     """Adds to the HSV value; hue and saturation stay, so the channels grow by one common factor."""
     value = images.amax(1, keepdim=True)
     raised = (value + shift).clamp(max=1)
     return torch.where(value > 0, images * (raised / value.clamp(min=1e-8)), raised)
 
 
-def contrast(images: torch.Tensor, keys: torch.Tensor, factor: float) -> torch.Tensor:
+def contrast(images: Tensor, keys: Tensor, factor: float) -> Tensor:
     means = images.double().mean((2, 3), keepdim=True).float()
     return (images - means) * factor + means
 
 
-def saturate(images: torch.Tensor, keys: torch.Tensor, factor: float, shift: float) -> torch.Tensor:
-    """Scales and shifts the HSV saturation. Grey has hue 0, so a shift turns it reddish, as it did when published."""
-    value = images.amax(1, keepdim=True)
-    distance = value - images  # hue fixes the ratios of the channels' distances to V
-    spread = distance.amax(1, keepdim=True)
-    red = torch.tensor([0.0, 1.0, 1.0], device=images.device).view(1, 3, 1, 1)
-    direction = torch.where(spread > 0, distance / spread.clamp(min=1e-8), red)
-    saturation = (spread / value.clamp(min=1e-8) * factor + shift).clamp(0, 1)
-    return value * (1 - saturation * direction)
-
-
-def elastic_transform(images: torch.Tensor, keys: torch.Tensor, amplitude: float, smoothness: float, jitter: float) -> torch.Tensor:
+def elastic_transform(
+    images: Tensor, keys: Tensor, amplitude: float, smoothness: float, jitter: float
+) -> Tensor:
     """A random affine map (three points moved by up to jitter), then a smooth displacement of every pixel."""
     height, width = images.shape[-2:]
     unit = max(height, width) * (244 / 224 if max(height, width) > 64 else 1)
@@ -1288,35 +870,45 @@ def elastic_transform(images: torch.Tensor, keys: torch.Tensor, amplitude: float
     arm, centre_x, centre_y = min(height, width) // 3, width // 2, height // 2
     moves = jitter * unit * (2 * uniforms(keys, 0, (3, 2)) - 1)
     (x0, y0), (x1, y1), (x2, y2) = moves.permute(1, 2, 0)[..., None, None]  # (B, 1, 1) each
-    a, b, c, d = 1 + (x1 - x2) / (2 * arm), (x0 - x1) / (2 * arm), (y1 - y2) / (2 * arm), 1 + (y0 - y1) / (2 * arm)
+    a, b, c, d = (
+        1 + (x1 - x2) / (2 * arm),
+        (x0 - x1) / (2 * arm),
+        (y1 - y2) / (2 * arm),
+        1 + (y0 - y1) / (2 * arm),
+    )
     right, down = columns - centre_x - arm - x0, rows - centre_y - arm - y0
-    # Every pixel reads where the inverse of [[a, b], [c, d]] takes it; mirrored about the border pixels' centres.
+    # Every pixel reads where the inverse of [[a, b], [c, d]] takes it; mirrored about the border pixels'
+    # centres.
     x = (d * right - b * down) / (a * d - b * c) + centre_x + arm
     y = (a * down - c * right) / (a * d - b * c) + centre_y + arm
     warped = sample(images, x, y, align_corners=True)
     shifts = blur(2 * uniforms(keys, 1, (2, height, width)) - 1, smoothness * unit, truncate=3, mirrored=True)
     shifts = amplitude * unit * shifts  # (B, 2, H, W)
-    return sample(warped, columns + shifts[:, 0], rows + shifts[:, 1], align_corners=False)  # and about the edges
+    return sample(warped, columns + shifts[:, 0], rows + shifts[:, 1], align_corners=False)  # about edges
 
 
-def pixelate(images: torch.Tensor, keys: torch.Tensor, factor: float) -> torch.Tensor:
+def pixelate(images: Tensor, keys: Tensor, factor: float) -> Tensor:
     """PIL's resize with BOX down to int(side * factor) and up again."""
-    rows, columns = ((box_matrix(int(side * factor), side) @ box_matrix(side, int(side * factor))) for side in images.shape[-2:])
+    pairs = ((side, int(side * factor)) for side in images.shape[-2:])
+    rows, columns = (box_matrix(few, side) @ box_matrix(side, few) for side, few in pairs)
     return separable(images, rows, columns).float()
 
 
-def jpeg_compression(images: torch.Tensor, keys: torch.Tensor, quality: int) -> torch.Tensor:
-    """libjpeg's baseline round trip at PIL's quality: 4:2:0 chroma, smooth upsampling, its roundings at every stage."""
+def jpeg_compression(images: Tensor, keys: Tensor, quality: int) -> Tensor:
+    """libjpeg's baseline round trip at PIL's quality: 4:2:0 chroma, smooth upsampling, its roundings at every
+    stage."""
     height, width = images.shape[-2:]
     device = images.device
     percent = 5000 // quality if quality < 50 else 200 - 2 * quality
     to_ycc = torch.tensor(
-        [[0.299, 0.587, 0.114], [-0.168735892, -0.331264108, 0.5], [0.5, -0.418687589, -0.081312411]], dtype=torch.float64, device=device
+        [[0.299, 0.587, 0.114], [-0.168735892, -0.331264108, 0.5], [0.5, -0.418687589, -0.081312411]],
+        dtype=torch.float64,
+        device=device,
     )
     centre = torch.tensor([0.0, 128, 128], dtype=torch.float64, device=device).view(3, 1, 1)
     pixels = F.pad((images * 255).round().double(), (0, -width % 16, 0, -height % 2), mode="replicate")
     ycc = round_away((to_ycc @ pixels.flatten(2)).view(pixels.shape) + centre)
-    odd = torch.arange(pixels.shape[-1], device=device) % 2  # chroma's halves are rounded up and down by turns
+    odd = torch.arange(pixels.shape[-1], device=device) % 2  # chroma's halves are rounded up, down by turns
     chroma = (F.avg_pool2d(ycc[:, 1:], 2) + (1 + odd[: len(odd) // 2]) / 4).floor()
     decoded = []
     for plane, table in ((ycc[:, :1], JPEG_LUMINANCE), (chroma, JPEG_CHROMINANCE)):
@@ -1335,46 +927,12 @@ def jpeg_compression(images: torch.Tensor, keys: torch.Tensor, quality: int) -> 
     return (round_away(rgb) / 255).float()
 
 
-def spatter(
-    images: torch.Tensor, keys: torch.Tensor, mean: float, deviation: float, smoothness: float, threshold: float, strength: float, mud: int
-) -> torch.Tensor:
-    """Drops where smoothed noise passes a threshold: shaded pale water, or opaque brown mud.
-
-    Differs from the paper in the water's shading, which follows the distance to the drops' edges: our edges are the
-    drops' outlines instead of Canny's, and the distance is counted in chessboard moves instead of Euclidean.
-    """
-    height, width = images.shape[-2:]
-    liquid = blur(mean + deviation * normals(keys, 0, (1, height, width)), smoothness)
-    if mud:
-        cover = blur((liquid > threshold).float(), strength)
-        cover = torch.where(cover < 0.8, 0.0, cover)
-        return images * (1 - cover) + cover * torch.tensor([63, 42, 20], device=images.device).view(3, 1, 1) / 255
-    liquid = torch.where(liquid < threshold, 0.0, liquid)
-    drops = (liquid > 0).float()
-    reached = drops + F.max_pool2d(-drops, 3, 1, 1)  # the outlines, 1 px wide
-    distance = torch.zeros_like(drops)  # to the nearest outline, at most 20
-    for _ in range(20):
-        distance += 1 - reached
-        reached = F.max_pool2d(reached, 3, 1, 1)
-    distance = box_mean(distance).long()  # 0..20
-    histogram = torch.zeros(len(images), 21, device=images.device)
-    histogram.scatter_add_(1, distance.flatten(1), torch.ones_like(drops).flatten(1))
-    cumulative = histogram.cumsum(1)
-    lowest = cumulative.gather(1, distance.flatten(1).amin(1, keepdim=True))
-    equalised = ((cumulative - lowest) / (height * width - lowest).clamp(min=1) * 255).round()
-    relief = equalised.gather(1, distance.flatten(1)).view(distance.shape)
-    emboss = torch.tensor([[-2.0, -1, 0], [-1, 1, 1], [0, 1, 2]], dtype=torch.float64, device=images.device)
-    relief = F.conv2d(F.pad(relief, [1] * 4, mode="reflect").double(), emboss[None, None]).float().clamp(0, 255)
-    cover = liquid * box_mean(relief)
-    cover = strength * cover / cover.amax((1, 2, 3), keepdim=True).clamp(min=1e-8)
-    return images + cover * torch.tensor([175, 238, 238], device=images.device).view(3, 1, 1) / 255
-
-
 # Random numbers: a counter hashed with the image's key. No generator, so no order of drawing.
 
 
-def scramble(bits: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finaliser on int64, in place. torch shifts signed numbers, hence the masks; products wrap."""
+def scramble(bits: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64, in place. torch shifts signed numbers, hence the masks; products
+    wrap."""
     bits ^= (bits >> 30).bitwise_and_((1 << 34) - 1)
     bits *= -0x40A7B892E31B1A47
     bits ^= (bits >> 27).bitwise_and_((1 << 37) - 1)
@@ -1383,7 +941,7 @@ def scramble(bits: torch.Tensor) -> torch.Tensor:
     return bits
 
 
-def image_keys(images: torch.Tensor, label: str) -> torch.Tensor:
+def image_keys(images: Tensor, label: str) -> Tensor:
     """One 64-bit key per image: (B, 3, H, W) in [0, 1] -> (B,) int64. Integer sums: exact in any order."""
     pixels = (images * 255).round().long().flatten(1)
     weights = scramble(torch.arange(1, pixels.shape[1] + 1, device=images.device))
@@ -1391,8 +949,9 @@ def image_keys(images: torch.Tensor, label: str) -> torch.Tensor:
     return scramble((pixels * weights).sum(1) + salt)
 
 
-def uniforms(keys: torch.Tensor, stream: int, shape: Sequence[int]) -> torch.Tensor:
-    """(B, *shape) float32, uniform on the open interval (0, 1) in steps of 2^-23; two from each 64-bit hash."""
+def uniforms(keys: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
+    """(B, *shape) float32, uniform on the open interval (0, 1) in steps of 2^-23; two from each 64-bit
+    hash."""
     count = math.prod(shape)
     counters = scramble(torch.arange((count + 1) // 2, device=keys.device) + (stream << 40) + 1)
     bits = scramble(keys[:, None] + counters)
@@ -1400,7 +959,7 @@ def uniforms(keys: torch.Tensor, stream: int, shape: Sequence[int]) -> torch.Ten
     return ((halves.float() + 0.5) * 2.0**-23).view(-1, *shape)
 
 
-def normals(keys: torch.Tensor, stream: int, shape: Sequence[int]) -> torch.Tensor:
+def normals(keys: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
     """(B, *shape) float32, standard normal (Box-Muller)."""
     half = (math.prod(shape) + 1) // 2
     draws = uniforms(keys, stream, (2, half))
@@ -1408,7 +967,7 @@ def normals(keys: torch.Tensor, stream: int, shape: Sequence[int]) -> torch.Tens
     return torch.cat([length * angle.cos(), length * angle.sin()], 1)[:, : math.prod(shape)].view(-1, *shape)
 
 
-def plasma(keys: torch.Tensor, side: int, decay: float) -> torch.Tensor:
+def plasma(keys: Tensor, side: int, decay: float) -> Tensor:
     """Diamond-square fractal on a torus: (B, side, side) in [0, 1]; side a power of two."""
     field = torch.zeros(len(keys), side, side, device=keys.device)
     step, amplitude = side, 1.0
@@ -1421,12 +980,12 @@ def plasma(keys: torch.Tensor, side: int, decay: float) -> torch.Tensor:
         field[:, half::step, half::step] = middles
         field[:, ::step, half::step] = (corners + right + middles + middles.roll(1, 1)) / 4 + noise[:, 1]
         field[:, half::step, ::step] = (corners + below + middles + middles.roll(1, 2)) / 4 + noise[:, 2]
-        step, amplitude = half, amplitude / decay**2  # published: wibble * U(-wibble, wibble), hence the square
+        step, amplitude = half, amplitude / decay**2  # published: wibble * U(-wibble, wibble), squared
     field -= field.amin((1, 2), keepdim=True)
     return field / field.amax((1, 2), keepdim=True)
 
 
-def ice(keys: torch.Tensor, height: int, width: int, scale: float) -> torch.Tensor:
+def ice(keys: Tensor, height: int, width: int, scale: float) -> Tensor:
     """Frost on a dark window: patches of bright needles in three directions. (B, 3, H, W) in [0, 1].
 
     scale: a needle is about 4 * scale px wide and 20 * scale px long; the mean is about 0.13.
@@ -1440,23 +999,25 @@ def ice(keys: torch.Tensor, height: int, width: int, scale: float) -> torch.Tens
         along = (columns * cosine + rows * sine) / (20 * scale)
         across = (rows * cosine - columns * sine) / (4 * scale)
         lattice = uniforms(keys, 1 + i, (1, 32, 32))
-        needles = needles + (3.6 * sample(lattice, along + 16, across + 16, align_corners=True) - 2.2).clamp(0, 1)
+        found = sample(lattice, along + 16, across + 16, align_corners=True)
+        needles = needles + (3.6 * found - 2.2).clamp(0, 1)
     patches = plasma(keys, 2 ** math.ceil(math.log2(max(height, width))), 1.3)[:, None, :height, :width]
     bright = 0.03 + (8 * patches - 4.8).clamp(0, 1) * (0.3 + 0.67 * needles.clamp(max=1))
     return bright * torch.tensor([0.86, 0.94, 1.0], device=keys.device).view(3, 1, 1)
 
 
-# Linear maps along rows and columns, as float64 matrices: exact to rounding whatever the batch size, and neither
-# TF32 nor autocast touches them.
+# Linear maps along rows and columns, as float64 matrices: exact to rounding whatever the batch size, and
+# neither TF32 nor autocast touches them.
 
 
-def separable(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """rows (H', H) @ image @ columns (W', W) transposed, for (B, C, H, W): (B, C, H', W') float64."""
     return rows.to(images.device) @ (images.double() @ columns.T.to(images.device))
 
 
-def blur(images: torch.Tensor, deviation: float, truncate: float = 4, mirrored: bool = False) -> torch.Tensor:
-    """Gaussian blur, cut at `truncate` deviations; borders repeat the last pixel, or mirror about the edge."""
+def blur(images: Tensor, deviation: float, truncate: float = 4, mirrored: bool = False) -> Tensor:
+    """Gaussian blur, cut at `truncate` deviations; borders repeat the last pixel, or mirror about the
+    edge."""
     matrices = []
     for side in images.shape[-2:]:
         reach = int(truncate * deviation + 0.5)
@@ -1472,15 +1033,16 @@ def blur(images: torch.Tensor, deviation: float, truncate: float = 4, mirrored: 
     return separable(images, *matrices).float()
 
 
-def zoom_matrix(side: int, factor: float) -> torch.Tensor:
-    """(side, side): the middle ceil(side / factor) pixels, linearly enlarged with their ends kept, cut to side."""
+def zoom_matrix(side: int, factor: float) -> Tensor:
+    """(side, side): the middle ceil(side / factor) pixels, linearly enlarged with their ends kept, cut to
+    side."""
     crop = math.ceil(side / factor)
     zoomed = round(crop * factor)
     positions = (torch.arange(side, dtype=torch.float64) + (zoomed - side) // 2) * (crop - 1) / (zoomed - 1)
     return (1 - (positions[:, None] + (side - crop) // 2 - torch.arange(side)).abs()).clamp(min=0)
 
 
-def box_matrix(side: int, resized: int) -> torch.Tensor:
+def box_matrix(side: int, resized: int) -> Tensor:
     """(resized, side): PIL's BOX filter, the mean of the pixels whose centres fall in the box."""
     ratio = side / resized
     centres = (torch.arange(resized, dtype=torch.float64) + 0.5) * ratio
@@ -1489,7 +1051,7 @@ def box_matrix(side: int, resized: int) -> torch.Tensor:
     return inside / inside.sum(1, keepdim=True)
 
 
-def dct_matrix(side: int) -> torch.Tensor:
+def dct_matrix(side: int) -> Tensor:
     """(side, side): orthonormal 8-point DCT-II on every run of 8."""
     angles = torch.outer(torch.arange(8), 2 * torch.arange(8) + 1).double() * math.pi / 16
     basis = angles.cos() / 2
@@ -1497,27 +1059,26 @@ def dct_matrix(side: int) -> torch.Tensor:
     return torch.block_diag(*[basis] * (side // 8))
 
 
-def round_away(values: torch.Tensor) -> torch.Tensor:
-    """Nearest integer, halves away from zero as in libjpeg; the nudge keeps rounding noise from deciding ties."""
+def round_away(values: Tensor) -> Tensor:
+    """Nearest integer, halves away from zero as in libjpeg; the nudge keeps rounding noise from deciding
+    ties."""
     return values.sign() * (values.abs() + 0.5 + 1e-9).floor()
 
 
-def box_mean(images: torch.Tensor) -> torch.Tensor:
-    return F.avg_pool2d(F.pad(images, [1] * 4, mode="reflect"), 3, 1)
-
-
-def sample(images: torch.Tensor, x: torch.Tensor, y: torch.Tensor, align_corners: bool) -> torch.Tensor:
-    """Bilinear look-up at pixel positions x, y (B, H, W); outside, mirrored about border pixels' centres or edges."""
+def sample(images: Tensor, x: Tensor, y: Tensor, align_corners: bool) -> Tensor:
+    """Bilinear look-up at pixel positions x, y (B, H, W); outside, mirrored about border pixels' centres or
+    edges."""
     height, width = images.shape[-2:]
     if align_corners:
         grid = torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], -1)
     else:
         grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=align_corners)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=align_corners)
 
 
-def streak(images: torch.Tensor, radius: int, deviation: float, degrees: torch.Tensor) -> torch.Tensor:
-    """ImageMagick's motion blur: whole-pixel steps along the angle (B, 1), Gaussian weights, borders repeated."""
+def streak(images: Tensor, radius: int, deviation: float, degrees: Tensor) -> Tensor:
+    """ImageMagick's motion blur: whole-pixel steps along the angle (B, 1), Gaussian weights, borders
+    repeated."""
     height, width = images.shape[-2:]
     weights = torch.exp(-0.5 * (torch.arange(2 * radius + 1, dtype=torch.float64) / deviation) ** 2)
     radians = degrees * math.pi / 180
@@ -1528,83 +1089,41 @@ def streak(images: torch.Tensor, radius: int, deviation: float, degrees: torch.T
             down = (rows + (i * radians.sin() - 0.5).ceil().long()).clamp(0, height - 1)  # (B, H)
             right = (columns + (i * radians.cos() - 0.5).ceil().long()).clamp(0, width - 1)  # (B, W)
             source = (down[:, :, None] * width + right[:, None]).flatten(1)[:, None]  # (B, 1, H*W)
-            total += weight * images.flatten(2).gather(2, source.expand(-1, images.shape[1], -1)).view(images.shape)
+            source = source.expand(-1, images.shape[1], -1)
+            total += weight * images.flatten(2).gather(2, source).view(images.shape)
     return total
 
 
 # Annex K of the JPEG standard (ITU-T T.81), tables K.1 and K.2.
 # fmt: off
-JPEG_LUMINANCE = (16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56,
-                  14, 17, 22, 29, 51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
-                  49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99)
-JPEG_CHROMINANCE = (17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99, 24, 26, 56, 99, 99, 99, 99, 99,
-                    47, 66, 99, 99, 99, 99, 99, 99) + (99,) * 32
+JPEG_LUMINANCE = (16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57,
+                  69, 56, 14, 17, 22, 29, 51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64,
+                  81, 104, 113, 92, 49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99)
+JPEG_CHROMINANCE = (17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99, 24, 26, 56, 99, 99, 99,
+                    99, 99, 47, 66, 99, 99, 99, 99, 99, 99) + (99,) * 32
 # fmt: on
 
 
-def example_pictures(count: int, side: int, seed: int = 0) -> torch.Tensor:
-    """Procedural photograph-like pictures, (count, 3, side, side) in [0, 1]: soft light, texture, hard edges."""
-    keys = scramble(torch.arange(count) + (seed << 32) + 1)
-    size = 2 ** math.ceil(math.log2(side))
-    light = torch.stack([plasma(keys + i, size, 1.5) for i in range(4)], 1)[..., :side, :side]
-    pictures = 0.6 * light[:, :1] + 0.4 * light[:, 1:]
-    grid = (torch.arange(side) + 0.5) / side
-    for i in range(8):  # ellipses and boxes, every other pair striped
-        place = uniforms(keys, 100 + i, (10,))[..., None, None]
-        x = (grid - place[:, 0]) / (0.1 + 0.2 * place[:, 1])
-        y = (grid[:, None] - place[:, 2]) / (0.1 + 0.2 * place[:, 3])
-        inside = x**2 + y**2 < 1 if i % 2 else (x.abs() < 0.8) & (y.abs() < 0.8)
-        shade = (0.7 + 0.6 * (light[:, :1] - 0.5)) * (1 - (i // 2 % 2) * 0.5 * ((2 * (x + y))[:, None] % 2 < 1))
-        pictures = torch.where(inside[:, None], place[:, 4:7] * shade, pictures)
-    return pictures.clamp(0, 1)
+# ---------- Models: images in [0, 1], (B, 3, H, W) → logits (B, num_classes) ----------
 
 
-def contact_sheet(path: str | Path) -> None:
-    """Draw every corruption at every severity to a PNG: 96 px (ImageNet-C's constants), 32 px (CIFAR-10-C's)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names, sides = CORRUPTIONS + EXTRA_CORRUPTIONS, (96, 32)
-    figure, axes = pyplot.subplots(len(names), 12, figsize=(15, 23.5), dpi=100)
-    for row, name in zip(axes, names, strict=True):
-        for i, side in enumerate(sides):
-            clean = example_pictures(1, side, seed=3)
-            for severity in range(6):
-                axis = row[6 * i + severity]
-                image = corrupt(clean, name, severity, seed=0) if severity else clean
-                axis.imshow(image[0].permute(1, 2, 0).numpy(), interpolation="nearest")
-                axis.set(xticks=[], yticks=[])
-                if name == names[0]:
-                    axis.set_title(f"{side} px, " + (f"severity {severity}" if severity else "clean"), fontsize=9)
-        row[0].set_ylabel(name.replace("_", "\n"), fontsize=9, rotation=0, ha="right", va="center")
-    figure.subplots_adjust(0.07, 0.005, 0.998, 0.985, 0.02, 0.03)
-    figure.savefig(path)
-    pyplot.close(figure)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models: images in [0, 1], (B, 3, H, W) → logits (B, num_classes); normalisation happens inside
-# ---------------------------------------------------------------------------------------------------------------------
+def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
 class ResNeXtBottleneck(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, cardinality: int, group_width: int, stride: int):
         super().__init__()
         channels = cardinality * group_width
-        self.conv_reduce = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn_reduce = nn.BatchNorm2d(channels)
-        self.conv_conv = nn.Conv2d(channels, channels, 3, stride, 1, groups=cardinality, bias=False)
-        self.bn = nn.BatchNorm2d(channels)
-        self.conv_expand = nn.Conv2d(channels, out_channels, 1, bias=False)
-        self.bn_expand = nn.BatchNorm2d(out_channels)
+        self.conv_reduce, self.bn_reduce = conv(in_channels, channels, 1), nn.BatchNorm2d(channels)
+        self.conv_conv, self.bn = conv(channels, channels, 3, stride, cardinality), nn.BatchNorm2d(channels)
+        self.conv_expand, self.bn_expand = conv(channels, out_channels, 1), nn.BatchNorm2d(out_channels)
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
-            shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            shortcut = conv(in_channels, out_channels, 1, stride)
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn_reduce(self.conv_reduce(x)), inplace=True)
         out = F.relu(self.bn(self.conv_conv(out)), inplace=True)
         out = self.bn_expand(self.conv_expand(out))
@@ -1612,73 +1131,65 @@ class ResNeXtBottleneck(nn.Module):
 
 
 class ResNeXt(nn.Module):
-    """ResNeXt-29 (4×32d) for 32 px images (Xie et al. 2017, section 5.3), with the key names of AugMix's CIFAR checkpoints.
+    """ResNeXt-29 (4×32d) for 32 px images (Xie et al. 2017, section 5.3), with the key names of AugMix's
+    checkpoints.
 
-    width is the number of channels of the first convolution: 64 as published, 4 for digits.
+    width: channels of the first convolution, 64 as published.
     """
 
-    def __init__(self, num_classes: int, depth: int = 29, cardinality: int = 4, base_width: int = 32, width: int = 64):
+    def __init__(self, num_classes: int, width: int = 64):
         super().__init__()
-        self.conv_1_3x3 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
-        self.bn_1 = nn.BatchNorm2d(width)
+        self.conv_1_3x3, self.bn_1 = conv(3, width, 3), nn.BatchNorm2d(width)
         channels = width
         for stage in range(3):
-            planes = width * 2**stage
-            blocks = []
-            for block in range((depth - 2) // 9):
+            planes, blocks = width * 2**stage, []
+            for block in range(3):
                 stride = 2 if stage > 0 and block == 0 else 1
-                blocks.append(ResNeXtBottleneck(channels, 4 * planes, cardinality, planes * base_width // 64, stride))
+                blocks.append(ResNeXtBottleneck(channels, 4 * planes, 4, planes // 2, stride))
                 channels = 4 * planes
             self.add_module(f"stage_{stage + 1}", nn.Sequential(*blocks))
         self.classifier = nn.Linear(channels, num_classes)
         initialise(self)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.bn_1(self.conv_1_3x3(images * 2 - 1)), inplace=True)  # mean and std 0.5, as AugMix
-        x = self.stage_3(self.stage_2(self.stage_1(x)))
-        return self.classifier(x.mean((2, 3)))
+        return self.classifier(self.stage_3(self.stage_2(self.stage_1(x))).mean((2, 3)))
 
 
 class WideResNetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn1, self.conv1 = nn.BatchNorm2d(in_channels), conv(in_channels, out_channels, 3, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(out_channels), conv(out_channels, out_channels, 3)
         self.conv_shortcut = None
         if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.conv_shortcut = conv(in_channels, out_channels, 1, stride)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x), inplace=True)
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(out)
-        out = self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True))
-        return out + shortcut
+        return self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True)) + shortcut
 
 
 class WideResNet(nn.Module):
-    """Wide ResNet (Zagoruyko & Komodakis 2016) for 32 px images, with the key names of AugMix's CIFAR checkpoints.
+    """Wide ResNet (Zagoruyko & Komodakis 2016) for 32 px images, with the key names of AugMix's checkpoints.
 
-    width is the number of channels of the first convolution: 16 as published, 4 for digits.
+    width: channels of the first convolution, 16 as published.
     """
 
     def __init__(self, num_classes: int, depth: int = 40, widen_factor: int = 2, width: int = 16):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
-        channels = width
+        self.conv1, channels = conv(3, width, 3), width
         for stage in range(3):
-            out_channels = width * widen_factor * 2**stage
-            blocks = nn.Sequential()
+            out_channels, blocks = width * widen_factor * 2**stage, nn.Sequential()
             for block in range((depth - 4) // 6):
                 blocks.append(WideResNetBlock(channels, out_channels, 2 if stage > 0 and block == 0 else 1))
                 channels = out_channels
             self.add_module(f"block{stage + 1}", nn.ModuleDict({"layer": blocks}))
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.fc = nn.Linear(channels, num_classes)
+        self.bn1, self.fc = nn.BatchNorm2d(channels), nn.Linear(channels, num_classes)
         initialise(self)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         x = self.conv1(images * 2 - 1)  # mean and std 0.5, as AugMix
         for block in (self.block1, self.block2, self.block3):
             x = block["layer"](x)
@@ -1688,37 +1199,38 @@ class WideResNet(nn.Module):
 class ShakeShakeBlock(nn.Module):
     """A skip path plus the mix of two residual branches, each ReLU-Conv-BN-ReLU-Conv-BN.
 
-    Where the number of channels changes, the skip path is ReLU, two 1×1 convolutions for half of the channels each, and BN: one convolution sees
-    every stride-th pixel, the other the same pixels of the image shifted by one right and down.
+    To more channels the skip path is ReLU, two 1×1 convolutions for half of them each, one of which sees the
+    image shifted by one right and down, and BN.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
         self.branch1, self.branch2 = (
             nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
+                conv(in_channels, out_channels, 3, stride),
                 nn.BatchNorm2d(out_channels),
                 nn.ReLU(inplace=True),
-                nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False),
+                conv(out_channels, out_channels, 3),
                 nn.BatchNorm2d(out_channels),
             )
             for _ in range(2)
         )
         self.skip1 = self.skip2 = self.bn_skip = None
         if in_channels != out_channels:
-            self.skip1 = nn.Conv2d(in_channels, out_channels // 2, 1, stride, bias=False)
-            self.skip2 = nn.Conv2d(in_channels, out_channels - out_channels // 2, 1, stride, bias=False)
+            self.skip1 = conv(in_channels, out_channels // 2, 1, stride)
+            self.skip2 = conv(in_channels, out_channels - out_channels // 2, 1, stride)
             self.bn_skip = nn.BatchNorm2d(out_channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         active = F.relu(x)
         if self.bn_skip is not None:
             x = self.bn_skip(torch.cat([self.skip1(active), self.skip2(F.pad(active, (1, -1, 1, -1)))], 1))
         return x + shake_even(self.branch1(active), self.branch2(active), self.training)
 
 
-def shake_even(one: torch.Tensor, other: torch.Tensor, training: bool) -> torch.Tensor:
-    """α·one + (1 - α)·other with α ~ U(0, 1) per image in training, their mean in evaluation; the gradient is the mean's ("Shake-Even-Image")."""
+def shake_even(one: Tensor, other: Tensor, training: bool) -> Tensor:
+    """α·one + (1 - α)·other, α ~ U(0, 1) per image, in training, else their mean; the gradient is the
+    mean's."""
     mean = (one + other) / 2
     if not training:
         return mean
@@ -1727,44 +1239,40 @@ def shake_even(one: torch.Tensor, other: torch.Tensor, training: bool) -> torch.
 
 
 class ShakeShake(nn.Module):
-    """Shake-Shake 26 2×{width}d for 32 px images (Gastaldi 2017, arXiv 1705.07485), "Shake-Even-Image": see shake_even.
-
-    Every block draws its own α for every image, from torch's generator of the device. width is the number of channels of the first stage: 32,
-    96 or 112 as published, 4 to 10 for digits.
-    """
+    """Shake-Shake 26 2×{width}d for 32 px images (Gastaldi 2017, arXiv 1705.07485), "Shake-Even-Image":
+    shake_even, with an α per block and image. width: channels of the first stage, 32, 96 or 112 as
+    published."""
 
     def __init__(self, num_classes: int, width: int, depth: int = 26):
         super().__init__()
-        self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn = nn.BatchNorm2d(16)
+        self.stem, channels = nn.Sequential(conv(3, 16, 3), nn.BatchNorm2d(16)), 16
         self.blocks = nn.Sequential()
-        channels = 16
         for stage in range(3):
             for block in range((depth - 2) // 6):
-                self.blocks.append(ShakeShakeBlock(channels, width * 2**stage, 2 if stage > 0 and block == 0 else 1))
+                stride = 2 if stage > 0 and block == 0 else 1
+                self.blocks.append(ShakeShakeBlock(channels, width * 2**stage, stride))
                 channels = width * 2**stage
         self.fc = nn.Linear(channels, num_classes)
         initialise(self)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.blocks(self.bn(self.conv(images * 2 - 1)))
-        return self.fc(F.relu(x, inplace=True).mean((2, 3)))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(F.relu(self.blocks(self.stem(images * 2 - 1)), inplace=True).mean((2, 3)))
 
 
 class ShakeDrop(nn.Module):
-    """ShakeDrop (Yamada et al. 2018, arXiv 1802.02375): the scale of a residual branch F is disturbed, forward and backward differently.
+    """ShakeDrop (Yamada et al. 2018, arXiv 1802.02375): a residual branch is scaled differently forward and
+    backward.
 
-    In training F is multiplied by b + α - bα going forward and its gradient by b + β - bβ going backward; in evaluation F is multiplied by the
-    expectation of the former, P(b = 1) = 1 - death_rate. b ~ Bernoulli is one gate per layer for the whole batch (a rank's own), as in
-    stochastic depth (Huang et al. 2016), on which this builds, and as Fast AutoAugment's code draws it; α ~ U(-1, 1) and β ~ U(0, 1) are one per
-    layer and image. All come from torch's generator of the device.
+    In training by b + α - bα, its gradient by b + β - bβ; else by the expectation of the former, P(b = 1) = 1
+    - death_rate. b is one per layer and batch, as in stochastic depth; α ~ U(-1, 1) and β ~ U(0, 1) are one
+    per layer and image.
     """
 
     def __init__(self, death_rate: float):
         super().__init__()
         self.death_rate = death_rate
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x * (1 - self.death_rate)
         b = torch.rand(1, 1, 1, 1, device=x.device) >= self.death_rate
@@ -1772,46 +1280,41 @@ class ShakeDrop(nn.Module):
         ahead, back = (torch.where(b, 1.0, factor).to(x.dtype) for factor in (2 * alpha - 1, beta))
         return back * x + ((ahead - back) * x).detach()
 
-    def extra_repr(self) -> str:
-        return f"death_rate={self.death_rate:g}"
-
 
 class PyramidBottleneck(nn.Module):
-    """BN-Conv1×1-BN-ReLU-Conv3×3-BN-ReLU-Conv1×1-BN beside a shortcut without weights: average pooling for stride 2, zeros for new channels."""
+    """BN-Conv1×1-BN-ReLU-Conv3×3-BN-ReLU-Conv1×1-BN and ShakeDrop beside a shortcut without weights: average
+    pooling for stride 2, zeros for new channels."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, death_rate: float):
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
-        self.bn4 = nn.BatchNorm2d(4 * channels)
-        self.shake_drop = ShakeDrop(death_rate)
+        self.stride, layers = stride, [nn.BatchNorm2d(in_channels), conv(in_channels, channels, 1)]
+        layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True), conv(channels, channels, 3, stride)]
+        layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True), conv(channels, 4 * channels, 1)]
+        self.residual = nn.Sequential(*layers, nn.BatchNorm2d(4 * channels), ShakeDrop(death_rate))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = F.relu(self.bn2(self.conv1(self.bn1(x))), inplace=True)
-        out = F.relu(self.bn3(self.conv2(out)), inplace=True)
-        out = self.shake_drop(self.bn4(self.conv3(out)))
-        if self.conv2.stride != (1, 1):
-            x = F.avg_pool2d(x, 2, ceil_mode=True)
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.residual(x)
+        x = F.avg_pool2d(x, 2, ceil_mode=True) if self.stride == 2 else x
         return out + F.pad(x, (0, 0, 0, 0, 0, out.shape[1] - x.shape[1]))
 
 
 class PyramidNet(nn.Module):
-    """PyramidNet-272 (α̃ = 200) of bottlenecks for 32 px images (Han et al. 2017, arXiv 1610.02915) with ShakeDrop.
+    """PyramidNet-272 (α̃ = 200) for 32 px images (Han et al. 2017, arXiv 1610.02915) with ShakeDrop.
 
-    Block l of L has ⌊width + widening·l/L⌋ channels, four times as many at its end, and the death rate death_rate·l/L. Rounding down gives the
-    published 26.0 M parameters, rounding to the nearest 26.2 M. width is the number of channels of the first convolution: 16 as published, 4 for
-    digits, where death_rate is 0.1: 0.5 is for 90 blocks, and keeps 6 narrow ones from learning.
+    Block l of L has ⌊width + widening·l/L⌋ channels (rounded down: the published 26.0 M parameters), four
+    times as many at its end, and the death rate death_rate·l/L.
     """
 
-    def __init__(self, num_classes: int, depth: int = 272, widening: int = 200, width: int = 16, death_rate: float = 0.5):
+    def __init__(
+        self,
+        num_classes: int,
+        depth: int = 272,
+        widening: int = 200,
+        width: int = 16,
+        death_rate: float = 0.5,
+    ):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.blocks = nn.Sequential()
+        self.stem, self.blocks = nn.Sequential(conv(3, width, 3), nn.BatchNorm2d(width)), nn.Sequential()
         in_channels, stage_blocks = width, (depth - 2) // 9
         total = 3 * stage_blocks
         for block in range(1, total + 1):
@@ -1819,44 +1322,40 @@ class PyramidNet(nn.Module):
             stride = 2 if block in (stage_blocks + 1, 2 * stage_blocks + 1) else 1
             self.blocks.append(PyramidBottleneck(in_channels, channels, stride, death_rate * block / total))
             in_channels = 4 * channels
-        self.bn2 = nn.BatchNorm2d(in_channels)
-        self.fc = nn.Linear(in_channels, num_classes)
+        self.bn, self.fc = nn.BatchNorm2d(in_channels), nn.Linear(in_channels, num_classes)
         initialise(self)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.blocks(self.bn1(self.conv1(images * 2 - 1)))
-        return self.fc(F.relu(self.bn2(x), inplace=True).mean((2, 3)))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(F.relu(self.bn(self.blocks(self.stem(images * 2 - 1))), inplace=True).mean((2, 3)))
 
 
-def bottleneck_resnet(num_classes: int, layers: tuple[int, ...], deep_stem: bool = False, width: int = 64) -> nn.Module:
-    """torchvision's ResNet of bottlenecks with so many `layers` per stage, and its key names; the input's normalisation is left to build_model.
-
-    deep_stem makes it ResNet-D (He et al. 2019, arXiv 1812.01187): three 3×3 convolutions instead of one 7×7, and in the shortcuts that downsample
-    2×2 average pooling before a 1×1 convolution of stride 1; the names of those are timm's. width is the number of channels of the first
-    stage's bottlenecks: 64 as published, 4 for digits.
-    """
-    from torchvision.models.resnet import Bottleneck, ResNet  # takes a second to import, so only when asked for
+def bottleneck_resnet(num_classes: int, layers: tuple[int, ...], width: int = 64) -> nn.Module:
+    """torchvision's ResNet of bottlenecks, and its key names; width: channels of the first stage's
+    bottlenecks."""
+    from torchvision.models.resnet import Bottleneck, ResNet  # takes a second to import
 
     class SlimResNet(ResNet):
         def _make_layer(self, block: type, planes: int, *arguments, **settings) -> nn.Sequential:
             return super()._make_layer(block, planes * width // 64, *arguments, **settings)
 
-    model = (ResNet if width == 64 else SlimResNet)(Bottleneck, list(layers), num_classes)
-    if width != 64:
-        model.fc = nn.Linear(model.inplanes, num_classes)
-    if deep_stem:
-        stem = []
-        for in_channels, out_channels, stride in ((3, 32, 2), (32, 32, 1), (32, 64, 1)):
-            stem += [nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
-        model.conv1 = nn.Sequential(*stem[:-2])  # the last BN and ReLU are the model's own
-        for module in model.conv1:
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
-        for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-            conv, norm = stage[0].downsample
-            pool = nn.Identity() if conv.stride == (1, 1) else nn.AvgPool2d(2, ceil_mode=True)
-            conv.stride = (1, 1)
-            stage[0].downsample = nn.Sequential(pool, conv, norm)
+    model = SlimResNet(Bottleneck, list(layers), num_classes)
+    model.fc = model.fc if width == 64 else nn.Linear(model.inplanes, num_classes)
+    return model
+
+
+def deep_resnet(num_classes: int, layers: tuple[int, ...], width: int = 64) -> nn.Module:
+    """ResNet-D (He et al. 2019, arXiv 1812.01187): three 3×3 convolutions instead of one 7×7, average pooling
+    before the 1×1 convolution of shortcuts that downsample; those names are timm's."""
+    model, stem = bottleneck_resnet(num_classes, layers, width), []
+    for in_channels, out_channels, stride in ((3, 32, 2), (32, 32, 1), (32, 64, 1)):
+        stem += [conv(in_channels, out_channels, 3, stride), nn.BatchNorm2d(out_channels), nn.ReLU()]
+    model.conv1 = nn.Sequential(*stem[:-2])  # the last BN and ReLU are the model's own
+    initialise(model.conv1)
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        shortcut, norm = stage[0].downsample
+        pool = nn.Identity() if shortcut.stride == (1, 1) else nn.AvgPool2d(2, ceil_mode=True)
+        shortcut.stride = (1, 1)
+        stage[0].downsample = nn.Sequential(pool, shortcut, norm)
     return model
 
 
@@ -1870,165 +1369,155 @@ def initialise(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-# Models by name. On digits the same constructors are slim and shallow, so that two CPU cores suffice; a student is a small white-box stand-in.
+# Models by name: constructor, its settings as published, and those for SMALL pictures, so that two CPU cores
+# suffice
 MODELS = {
-    "resnext": lambda num_classes: ResNeXt(num_classes),
-    "wideresnet": lambda num_classes: WideResNet(num_classes),
-    "wresnet40_2": lambda num_classes: WideResNet(num_classes),
-    "wresnet28_10": lambda num_classes: WideResNet(num_classes, depth=28, widen_factor=10),
-    "shake26_2x32d": lambda num_classes: ShakeShake(num_classes, width=32),
-    "shake26_2x96d": lambda num_classes: ShakeShake(num_classes, width=96),
-    "shake26_2x112d": lambda num_classes: ShakeShake(num_classes, width=112),
-    "pyramid272": lambda num_classes: PyramidNet(num_classes),
-    "resnet50": lambda num_classes: bottleneck_resnet(num_classes, (3, 4, 6, 3)),
-    "resnet50d": lambda num_classes: bottleneck_resnet(num_classes, (3, 4, 6, 3), deep_stem=True),
-    "resnet200": lambda num_classes: bottleneck_resnet(num_classes, (3, 24, 36, 3)),
-    "student": lambda num_classes: torchvision_model("resnet18", num_classes, (0.5,) * 3, (0.5,) * 3),
+    "resnext": (ResNeXt, {}, {"width": 4}),
+    "wideresnet": (WideResNet, {}, {"width": 4}),
+    "wresnet40_2": (WideResNet, {}, {"width": 4}),
+    "wresnet28_10": (
+        WideResNet,
+        {"depth": 28, "widen_factor": 10},
+        {"depth": 10, "widen_factor": 4, "width": 4},
+    ),
+    "shake26_2x32d": (ShakeShake, {"width": 32}, {"width": 4, "depth": 14}),
+    "shake26_2x96d": (ShakeShake, {"width": 96}, {"width": 8, "depth": 14}),
+    "shake26_2x112d": (ShakeShake, {"width": 112}, {"width": 10, "depth": 14}),
+    "pyramid272": (PyramidNet, {}, {"depth": 20, "widening": 16, "width": 4, "death_rate": 0.1}),
+    "resnet50": (bottleneck_resnet, {"layers": (3, 4, 6, 3)}, {"layers": (2, 2, 2, 2), "width": 4}),
+    "resnet50d": (deep_resnet, {"layers": (3, 4, 6, 3)}, {"layers": (2, 2, 2, 2), "width": 4}),
+    "resnet200": (bottleneck_resnet, {"layers": (3, 24, 36, 3)}, {"layers": (2, 4, 6, 2), "width": 4}),
+    "student": (
+        WideResNet,
+        {},
+        {"depth": 16, "width": 4},
+    ),  # a white-box stand-in: ResNet-18, or a small Wide ResNet
 }
-DIGITS_MODELS = {
-    "resnext": lambda num_classes: ResNeXt(num_classes, width=4),
-    "wideresnet": lambda num_classes: WideResNet(num_classes, width=4),
-    "wresnet40_2": lambda num_classes: WideResNet(num_classes, width=4),
-    "wresnet28_10": lambda num_classes: WideResNet(num_classes, depth=10, widen_factor=4, width=4),
-    "shake26_2x32d": lambda num_classes: ShakeShake(num_classes, width=4, depth=14),
-    "shake26_2x96d": lambda num_classes: ShakeShake(num_classes, width=8, depth=14),
-    "shake26_2x112d": lambda num_classes: ShakeShake(num_classes, width=10, depth=14),
-    "pyramid272": lambda num_classes: PyramidNet(num_classes, depth=20, widening=16, width=4, death_rate=0.1),
-    "resnet50": lambda num_classes: bottleneck_resnet(num_classes, (2, 2, 2, 2), width=4),
-    "resnet50d": lambda num_classes: bottleneck_resnet(num_classes, (2, 2, 2, 2), deep_stem=True, width=4),
-    "resnet200": lambda num_classes: bottleneck_resnet(num_classes, (2, 4, 6, 2), width=4),
-    "student": lambda num_classes: WideResNet(num_classes, depth=16, width=4),
+RESNETS = ("resnet50", "resnet50d", "resnet200")  # are normalised as torchvision's
+STATISTICS = {
+    "0.5/0.5": ((0.5,) * 3, (0.5,) * 3),
+    "ImageNet's mean and std": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
 def build_model(name: str, num_classes: int, dataset: str) -> nn.Module:
     """An untrained classifier from images in [0, 1], (B, 3, H, W), to logits (B, num_classes).
 
-    name: a key of MODELS, or any classification model of torchvision by its name there ("resnet50", "convnext_tiny", …).
-    dataset: its image statistics are used for normalisation; "digits" and "mnist" take the slim widths. Raises InputError for an unknown name.
+    name: a key of MODELS, or a classification model of torchvision. dataset: whose statistics normalise the
+    input; those of SMALL take slim widths. Raises InputError for an unknown name.
     """
-    imagenet = normalisation(dataset, name) == IMAGENET_STATISTICS
-    statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if imagenet else ((0.5,) * 3, (0.5,) * 3)
-    models = DIGITS_MODELS if dataset in ("digits", "mnist") else MODELS
-    if name not in models:
-        return torchvision_model(name, num_classes, *statistics)
-    model = models[name](num_classes)
+    statistics = STATISTICS[normalisation(dataset, name)]
+    if name not in MODELS or (name == "student" and dataset not in SMALL):
+        return torchvision_model("resnet18" if name == "student" else name, num_classes, *statistics)
+    constructor, published, slim = MODELS[name]
+    model = constructor(num_classes, **(slim if dataset in SMALL else published))
     return normalise_inside(model, *statistics) if name in RESNETS else model  # the others do it themselves
-
-
-RESNETS = ("resnet50", "resnet50d", "resnet200")  # of MODELS: normalise as torchvision's do
-IMAGENET_STATISTICS = "ImageNet's mean and std"
 
 
 def normalisation(dataset: str, name: str) -> str:
     """How a classifier's inputs are normalised, for the protocol."""
-    # torchvision's Inception and GoogLeNet were trained on inputs normalised by 0.5/0.5, its other ImageNet models by ImageNet's statistics.
-    imagenet = dataset in ("imagenet", "folder", "chexpert") and name not in ("googlenet", "inception_v3") and (name not in MODELS or name in RESNETS)
-    return IMAGENET_STATISTICS if imagenet else "0.5/0.5"
+    # torchvision's Inception and GoogLeNet were trained on inputs normalised by 0.5/0.5
+    halves = ("googlenet", "inception_v3", *[model for model in MODELS if model not in RESNETS])
+    pictures = dataset in ("imagenet", "folder", "chexpert") and name not in halves
+    return "ImageNet's mean and std" if pictures else "0.5/0.5"
 
 
 def torchvision_model(name: str, num_classes: int, mean: tuple, std: tuple) -> nn.Module:
-    """A torchvision classification model with random weights that normalises its input itself; its key names are torchvision's."""
+    """A torchvision model with random weights that normalises its input itself; its key names are
+    torchvision's."""
     from torchvision import models  # takes a second to import, so only when asked for
 
     if name not in models.list_models(module=models):
-        raise InputError(f"unknown model '{name}': choose {', '.join(MODELS)}, or a classification model of torchvision such as resnet50")
-    auxiliary = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    auxiliary |= {"transform_input": False} if auxiliary else {}
+        raise InputError(f"unknown model '{name}': choose {', '.join(MODELS)}, or one of torchvision's")
+    inception = name in ("googlenet", "inception_v3")
+    more = {"aux_logits": False, "transform_input": False} if inception else {}
     with warnings_off():
-        model = models.get_model(name, weights=None, num_classes=num_classes, **auxiliary)
+        model = models.get_model(name, weights=None, num_classes=num_classes, **more)
     return normalise_inside(model, mean, std)
 
 
 def normalise_inside(model: nn.Module, mean: tuple, std: tuple) -> nn.Module:
-    """The model, which from now on normalises its input itself."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
-    # A hook rather than a wrapping module: the state dict keeps torchvision's keys, so that published weights load as they are.
-    model.register_buffer("normalisation", torch.cat([mean, std]), persistent=False)
+    """The model, which from now on normalises its input itself: by a hook, so that its keys stay as
+    published."""
+    statistics = torch.tensor([mean, std]).view(2, 3, 1, 1)
+    model.register_buffer("normalisation", statistics, persistent=False)
     model.register_forward_pre_hook(normalise_input)
     return model
 
 
 def normalise_input(model: nn.Module, inputs: tuple) -> tuple:
-    mean, std = model.normalisation.to(inputs[0].dtype).split(1)
+    mean, std = model.normalisation.to(inputs[0].dtype)
     return ((inputs[0] - mean) / std,)
-
-
-def check_input_size(model: nn.Module, name: str, size: int) -> None:
-    """Raise InputError where the model does not take square images of this size: some of torchvision's need 224 px."""
-    training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(f"model '{name}' does not take {size} px images: {str(error).splitlines()[0]}; choose another --model") from error
-    model.train(training)
 
 
 def load_weights(model: nn.Module, file: str | Path) -> nn.Module:
     """Load a checkpoint into `model` and return it.
 
-    The file holds a state dict, alone or under `state_dict`, `model_state_dict` or `weights`, with or without `module.` (or
-    `_orig_mod.`, `resnet.`) before every key. RobustBench's names are taken too: `convShortcut`, and `mu` and `sigma`, the statistics its
-    models normalise their input by, which must be this model's. Only tensors are unpickled (`weights_only=True`). Raises InputError for a
-    missing, truncated or unsafe file, and for one that does not fit, naming the keys.
+    Its state dict is found by what it is: a table of tensors that fits the model, at the top or within other
+    tables, with anything (`module.`, `resnet.`, …) before every key. Only tensors are unpickled. Raises
+    InputError for a missing, truncated or unsafe file, and for one that does not fit, naming the keys.
     """
-    return load_content(model, load_tensors(file, "give the path of a checkpoint"), file)
+    content = load_tensors(file, "give the path of a checkpoint")
+    found = [as_named_here(model, state) for state in state_dicts(content)]
+    if not found:
+        raise InputError(f"{file} holds no state dict: a table of tensors by name")
+    wanted = model.state_dict().keys()
+    # Of equals the first: weights stand before their moving average
+    state = max(found, key=lambda state: len(wanted & state.keys()))
+    advice = "choose the --model and --dataset it was trained for"
+    return load_state(model, state, f"{file} does not fit this model", advice)
 
 
-def load_content(model: nn.Module, state: object, file: str | Path) -> nn.Module:
-    """As load_weights, from what the file held."""
-    for key in ("state_dict", "model_state_dict", "weights"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not is_state_dict(state):
-        raise InputError(f"{file} holds no state dict (nor one under state_dict, model_state_dict, weights)")
-    for prefix in ("module.", "_orig_mod.", "resnet."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    wanted = model.state_dict()
-    for key in [key for key in state if key not in wanted and key.replace("convShortcut", "conv_shortcut") in wanted]:
-        state[key.replace("convShortcut", "conv_shortcut")] = state.pop(key)
-    # The CIFAR models, which have no such buffer, normalise by 0.5/0.5.
-    for key, own in zip(("mu", "sigma"), dict(model.named_buffers(recurse=False)).get("normalisation", torch.full((2, 3), 0.5)).flatten(1).cpu()):
-        if key in state and key not in wanted:
-            value = state.pop(key)
-            if value.numel() != own.numel() or not torch.allclose(value.flatten().float(), own):
-                rounded = ", ".join(f"{number:.4g}" for number in value.flatten().tolist()) if value.numel() <= 3 else f"{tuple(value.shape)}"
-                raise InputError(
-                    f"{file} was trained on inputs normalised otherwise: its {key} is {rounded}, this model's {own[0]:.4g}; choose another checkpoint"
-                )
-    return load_state(model, state, f"{file} does not fit this model", "choose the --model and --dataset it was trained for")
-
-
-def is_state_dict(state: object) -> bool:
-    """Whether this is a table of plain tensors: none that is sparse, nested, complex, quantised, or a shape without values."""
+def state_dicts(content: object, depth: int = 3) -> list[dict[str, Tensor]]:
+    """The tables of plain tensors (dense, real, with values) in a checkpoint."""
 
     def plain(value: object) -> bool:
-        usual = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        usual = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
         return usual and not (value.is_nested or value.is_quantized or value.is_complex())
 
-    return isinstance(state, dict) and bool(state) and all(isinstance(key, str) and plain(value) for key, value in state.items())
+    if not isinstance(content, dict) or not content or not depth:
+        return []
+    if all(isinstance(key, str) and plain(value) for key, value in content.items()):
+        return [content]
+    tables = sorted(content.items(), key=lambda item: "ema" in str(item[0]))  # a moving average comes last
+    return [state for _, value in tables for state in state_dicts(value, depth - 1)]
 
 
-def load_state(model: nn.Module, state: dict[str, torch.Tensor], complaint: str, advice: str) -> nn.Module:
-    """Put a state dict into `model` and return it. InputError, naming the keys, between `complaint` and `advice`, for one that does not fit."""
+def as_named_here(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without what stands before every key, until keys are the model's. Of RobustBench's: with
+    our name of shortcuts, and without `mu` and `sigma`, which normalise the input, where they are this
+    model's."""
+    wanted = model.state_dict().keys()
+    while not wanted & state.keys() and all("." in key for key in state):
+        if len({key.partition(".")[0] for key in state}) > 1:
+            break
+        state = {key.partition(".")[2]: value for key, value in state.items()}
+    state = {key.replace("convShortcut", "conv_shortcut"): value for key, value in state.items()}
+    own = getattr(model, "normalisation", torch.full((2, 3), 0.5)).flatten(1).cpu()
+    for key, value in zip(("mu", "sigma"), own):
+        given = state.get(key, torch.zeros(0)).flatten().float()
+        if given.shape == value.shape and torch.allclose(given, value):
+            del state[key]
+    return state
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], complaint: str, advice: str) -> nn.Module:
+    """Put a state dict into `model` and return it. InputError, naming the keys, between `complaint` and
+    `advice`."""
     wanted = model.state_dict()
-    # Counters are not in every checkpoint (torch < 0.4.1 had none) and nothing depends on them here.
-    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in wanted]
-    misshaped = [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
-    ]
-    faults = [
-        f"{kind} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped))
-        if keys
-    ]
-    if faults:
-        raise InputError(f"{complaint}: {'; '.join(faults)}; {advice}")
+    faults = {
+        # Counters are not in every checkpoint (torch < 0.4.1 had none) and nothing depends on them here.
+        "missing": [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")],
+        "unexpected": [key for key in state if key not in wanted],
+        "misshaped": [
+            f"{key} is {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
+            for key in wanted.keys() & state.keys()
+            if state[key].shape != wanted[key].shape
+        ],
+    }
+    found = [f"{kind} {', '.join(keys[:3])}{' …' * (len(keys) > 3)}" for kind, keys in faults.items() if keys]
+    if found:
+        raise InputError(f"{complaint}: {'; '.join(found)}; {advice}")
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # numbers of a type that does not become the model's
@@ -2036,103 +1525,102 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], complaint: str,
     return model
 
 
-def load_pretrained(model: nn.Module, name: str, dataset: str, machine: "Machine", data_root: str | Path = "data", dry_run: bool = False) -> str:
-    """Give `model` the weights that come for a data set, and say where they are from.
+def load_classifier(
+    model: nn.Module,
+    name: str,
+    dataset: str,
+    weights: str | None,
+    machine: "Machine",
+    data_root: str,
+    dry_run: bool,
+) -> str:
+    """Give `model` the --weights, else what comes for its name and the data set; returns where they are from.
 
-    digits, mnist: shipped, or trained first and kept (load_small_weights); cifar10, cifar100: AugMix's, published (default_checkpoint); imagenet and
-    folder: torchvision's (load_imagenet_weights); fake: none. Raises InputError where there are none: --weights gives them.
+    weights: a checkpoint, or a name of PUBLISHED_WEIGHTS. Without: shipped, or (SMALL) trained first and
+    kept; cifar100: AugMix's; imagenet, folder: torchvision's. A dry run downloads and trains nothing.
+    InputError where there are none.
     """
-    if dataset in ("digits", "mnist"):
-        return load_small_weights(model, name, dataset, machine, data_root, dry_run)
-    if dataset in ("imagenet", "folder"):
-        return load_imagenet_weights(model, name, machine, dry_run)
-    if dataset == "fake":
+    if weights is None and dataset == "fake":
         return "untrained"
-    published = default_checkpoint(dataset, name)
-    if published is None:
-        raise InputError(f"no weights of {name} for {dataset} are published that are known here: give a checkpoint with --weights")
-    return str(load_checkpoint(model, published, machine, dry_run) or "untrained")
-
-
-def load_small_weights(model: nn.Module, name: str, dataset: str, machine: "Machine", data_root: str | Path = "data", dry_run: bool = False) -> str:
-    """Load the classifier `name` of digits or mnist (weights/<dataset>-<name>.pt; some of digits are shipped) into `model`, and say where it is
-    from; where the file is missing, train it first and keep it, but not in a dry run."""
-    file = WEIGHTS / f"{dataset}-{name}.pt"
-    if not file.is_file() and dry_run:
-        return "untrained: a dry run trains no classifier first"
-    if not file.is_file():
+    if weights is None and dataset in ("imagenet", "folder"):
+        return load_imagenet_weights(model, name, machine, dry_run)
+    file = Path(weights or WEIGHTS / f"{dataset}-{name}.pt")
+    if weights is None and dataset.startswith("cifar"):
+        weights = f"gretta-{name}" * (dataset == "cifar100")
+        if weights not in PUBLISHED_WEIGHTS:
+            raise InputError(f"no weights of {name} for {dataset} are known: give some with --weights")
+    if weights in PUBLISHED_WEIGHTS:
+        file = published_file(weights, machine, dry_run)
+    elif weights is None and not file.is_file() and not dry_run:
         if machine.is_main:
             print(f"{file} is missing: training {name} on the training images of {dataset} first", flush=True)
-        epochs, batch_size = (30, 50) if dataset == "digits" else (3, 100)
-        # The caller's random state must not depend on whether a file was at hand.
-        with torch.random.fork_rng(devices=[machine.device] if machine.device.type == "cuda" else []):
-            trained = train_classifier(name, machine, data_root, epochs=epochs, batch_size=batch_size, dataset=dataset)  # alike on every rank
+        trained = train_classifier(name, dataset, machine, data_root)  # alike on every rank
         machine.on_main(lambda: save_atomically(trained.state_dict(), file))
+    if dry_run and not weights and not (file and file.is_file()) or file is None:
+        return "untrained: a dry run neither downloads nor trains a classifier first"
     load_weights(model, file)
     return str(file)
 
 
-def load_imagenet_weights(model: nn.Module, name: str, machine: "Machine", dry_run: bool = False) -> str:
-    """Load torchvision's ImageNet weights (IMAGENET1K_V1) into a model of torchvision's and say where they came from.
-
-    They are downloaded once (torch.hub's cache, checksum in the file name). A model with another number of classes keeps its own, untrained
-    last layer. A dry run downloads nothing: where the file is not on disk, the model stays untrained.
-    """
+def load_imagenet_weights(model: nn.Module, name: str, machine: "Machine", dry_run: bool) -> str:
+    """torchvision's IMAGENET1K_V1 weights; a last layer for another number of classes stays untrained."""
     from torchvision import models
 
     try:
-        url = models.get_model_weights(name).IMAGENET1K_V1.url
+        weights = models.get_model_weights(name).IMAGENET1K_V1
     except (ValueError, AttributeError) as error:
-        raise InputError(f"torchvision has no IMAGENET1K_V1 weights of '{name}': give a checkpoint with --weights") from error
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+        raise InputError(f"torchvision has no weights of '{name}': give some with --weights") from error
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     if not file.is_file() and dry_run:
         return "untrained: a dry run downloads nothing"
-    machine.on_main(lambda: download(url, file, Path(url).stem.split("-")[-1]))
-    again = "remove it, so that it is downloaded again"
-    state = load_tensors(file, again)
-    if not is_state_dict(state):
-        raise InputError(f"{file} holds no state dict: {again}")
-    wanted = model.state_dict()
-    # Auxiliary heads are for training from scratch; a head of another number of classes gives way to the model's own.
-    state = {key: value for key, value in state.items() if key in wanted or not key.lower().startswith("aux")}
-    head = [key for key in state if key in wanted and state[key].shape[:1] == (1000,) and wanted[key].shape[:1] != (1000,)]
-    load_state(model, state | {key: wanted[key] for key in head}, f"{file} does not fit {name}", again)
-    return f"{file}" + (f", but for {', '.join(head)} (another number of classes)" if head else "")
+    machine.on_main(lambda: download(weights.url, file, checksum=file.stem.split("-")[-1]))
+    again, wanted = "remove it, so that it is downloaded again", model.state_dict()
+    found = (state_dicts(load_tensors(file, again)) or [{}])[0]
+    head = [
+        key
+        for key in wanted
+        if key in found and len(wanted[key].shape) and len(found[key]) != len(wanted[key])
+    ]
+    state = {key: found[key] for key in found if key in wanted} | {key: wanted[key] for key in head}
+    load_state(model, state, f"{file} does not fit {name}", "remove it")
+    return f"{file}" + f", but for {', '.join(head)} (another number of classes)" * bool(head)
 
 
-def train_classifier(
-    name: str, machine: "Machine", data_root: str | Path = "data", epochs: int = 30, batch_size: int = 50, dataset: str = "digits"
-) -> nn.Module:
-    """A classifier of digits or mnist: SGD with Nesterov momentum 0.9, weight decay 5e-4, one-cycle learning rate, label smoothing 0.1, mild
-    augmentation."""
+def train_classifier(name: str, dataset: str, machine: "Machine", data_root: str = "data") -> nn.Module:
+    """A classifier of one of SMALL: SGD with Nesterov momentum 0.9, weight decay 5e-4, one-cycle learning
+    rate, label smoothing 0.1, light augmentation. Alike on every rank."""
     from tqdm import tqdm
 
-    lr, seed = 0.1, 0
+    alone, seed = machine._replace(rank=0, world_size=1), 0
+    epochs, batch_size = (30, 50) if dataset == "digits" else (3, 100)
+    train, val = (Images(*load_split(dataset, split, data_root), alone) for split in ("train", "val"))
     torch.manual_seed(seed)
-    model = build_model(name, 10, dataset).to(machine.device, memory_format=machine.weight_layout)
-    images, labels = (tensor.to(machine.device) for tensor in load_split(dataset, "train", data_root))
-    validation = load_split(dataset, "val", data_root)
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
-    steps = epochs * (len(labels) // batch_size)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    generator = torch.Generator(machine.device).manual_seed(seed)
-    progress = tqdm(range(epochs), desc=f"train {name}", unit="epoch", disable=not machine.is_main)
-    for _ in progress:
-        model.train()
-        for index in epoch_batches(len(labels), batch_size, generator):
-            batch = machine.layout(mild_augmentation(to_float(images[index]), generator))
-            loss = F.cross_entropy(model(batch), labels[index], label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-        progress.set_postfix(val_accuracy=f"{evaluate(model, *validation, machine)['top1_accuracy']:.1f}")
+    model = build_model(name, NUM_CLASSES[dataset], dataset)
+    model.to(machine.device, memory_format=machine.weight_layout)
+    settings = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, **settings)
+    steps = epochs * (len(train) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+    bar = tqdm(range(steps), desc=f"train {name}", unit="step", disable=not machine.is_main)
+    for step, (images, labels, _) in zip(bar, train.batches(batch_size, seed)):
+        draws = alone.uniform((batch_size, 5), alone.generator(seed, step))
+        images = light_augmentation(to_float(images), dataset, draws)
+        loss = F.cross_entropy(model.train()(machine.layout(images)), labels, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % (steps // epochs) == 0:
+            bar.set_postfix(val_accuracy=f"{evaluate([model], val)[0]['top1_accuracy']:.1f}")
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Machine: device, mixed precision, processes, seeds, signals
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------- Machine: device, mixed precision, processes; randomness is a function of (seed, step) ----------
+
+
+def mix(*parts: int | str) -> int:
+    """A seed of 63 bits (SHA-256): neighbouring numbers give unrelated streams."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
 @contextlib.contextmanager
@@ -2145,25 +1633,38 @@ def warnings_off() -> Iterator[None]:
 
 
 class Machine(NamedTuple):
-    """Where a script runs. One process and torchrun take the same path: rank 0 of world size 1 is a process on its own."""
+    """Where a script runs; one process on its own is rank 0 of world size 1."""
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
     amp_dtype: torch.dtype | None = None  # None: float32
+    started: float = 0.0  # time.perf_counter()
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def generator(self, *parts: int | str) -> torch.Generator:
+        """Seeded by (seed, step) or the like, alike on every rank: draws are made for the global batch."""
+        return torch.Generator(self.device).manual_seed(mix(*parts))
+
+    def uniform(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """This rank's rows of numbers drawn for the global batch, uniform in −1..1."""
+        return self.own_rows(torch.rand(*shape, generator=generator, device=self.device) * 2 - 1)
+
+    def normal(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """This rank's rows of standard normal numbers drawn for the global batch."""
+        return self.own_rows(torch.randn(*shape, generator=generator, device=self.device))
+
     def chunk(self, height: int, width: int) -> int:
-        """Images of this size in one forward pass without gradient: on a CPU what stays in its cache, which is faster than larger batches."""
+        """Images of this size in one forward pass without gradient: on a CPU what stays in its cache."""
         most, least = (64, 8) if self.device.type == "cpu" else (4096, 1)
         return max(least, most * 32 * 32 // max(32 * 32, height * width))
 
-    def layout(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) in the layout to train in: channels_last, which is faster, but for odd batches on a CPU, where oneDNN's backward
-        pass through narrow convolutions writes outside its memory (torch 2.15, more than one thread; weights must not be channels_last either)."""
+    def layout(self, images: Tensor) -> Tensor:
+        """channels_last, which is faster, but for odd batches on a CPU, where oneDNN's backward pass through
+        narrow convolutions writes outside its memory (torch 2.15; nor may weights be)."""
         odd = self.device.type == "cpu" and len(images) % 2 == 1
         return images.contiguous(memory_format=torch.contiguous_format if odd else torch.channels_last)
 
@@ -2172,24 +1673,29 @@ class Machine(NamedTuple):
         return torch.contiguous_format if self.device.type == "cpu" else torch.channels_last
 
     def workers(self, wanted: int) -> int:
-        """Of the wanted processes that decode pictures, as many as this process's share of the machine's cores allows."""
+        """Of the wanted processes that decode pictures, as many as this rank's share of the cores allows."""
         return min(wanted, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.amp_dtype or torch.bfloat16, enabled=self.amp_dtype is not None)
+        dtype = self.amp_dtype or torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.amp_dtype is not None)
 
-    def own_rows(self, batch: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a tensor whose first dimension is the global batch; parts differ by one row where they must."""
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling for float16; passes everything through otherwise."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
+
+    def own_rows(self, batch: Tensor) -> Tensor:
+        """This rank's part of what has the global batch as first dimension."""
         size = len(batch)
         return batch[self.rank * size // self.world_size : (self.rank + 1) * size // self.world_size]
 
-    def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, on every rank; with several, in place of `tensor`'s own values."""
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, on every rank; in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def all_rows(self, rows: torch.Tensor) -> torch.Tensor:
+    def all_rows(self, rows: Tensor) -> Tensor:
         """The whole tensor whose parts `own_rows` gave out."""
         if self.world_size == 1:
             return rows
@@ -2202,8 +1708,8 @@ class Machine(NamedTuple):
             dist.barrier()
 
     def on_main(self, work: Callable[[], object]) -> object:
-        """Rank 0 does the work while the others wait: what it returns, on every rank; an InputError of its is raised on every rank."""
-        answer = [None, None]  # what the work returned, its error
+        """What rank 0 returns, or the InputError it raises, on every rank."""
+        answer = [None, None]
         if self.is_main:
             try:
                 answer[0] = work()
@@ -2217,134 +1723,46 @@ class Machine(NamedTuple):
 
 
 def start_machine(device: str = "auto", amp: bool = False, seed: int = 0) -> Machine:
-    """Read torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK), choose the device, join the other processes, seed everything.
-
-    device: "auto" takes a GPU where there is one. amp: bfloat16 where the device has it, else float16 (with `grad_scaler`).
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA device is available here; use --device cpu, or check the driver with nvidia-smi")
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    use_cuda = device != "cpu" and torch.cuda.is_available()
-    chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    if use_cuda:
+    """Read torchrun's environment, choose the device ("auto": a GPU where there is one), join the other
+    processes, seed torch. amp: bfloat16 where the device has it, else float16."""
+    started, cuda = time.perf_counter(), device != "cpu" and torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise InputError("--device cuda: no CUDA device is available: use --device cpu, or see nvidia-smi")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in names)
+    chosen, amp_dtype = torch.device("cpu"), torch.bfloat16 if amp else None
+    if cuda:
+        chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if amp and not torch.cuda.is_bf16_supported(including_emulation=False):
+            amp_dtype = torch.float16
     if world_size > 1 and not dist.is_initialized():
-        # torchrun's store outlives a restart: without a prefix of its own, an attempt may read the addresses of the one before
+        # torchrun's store outlives a restart: without a prefix, an attempt may read the addresses of the one
+        # before
         store, rank, world_size = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if use_cuda else "gloo", store=store, rank=rank, world_size=world_size)
-    amp_dtype = None
-    if amp:
-        amp_dtype = torch.float16 if use_cuda and not torch.cuda.is_bf16_supported(including_emulation=False) else torch.bfloat16
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # NumPy takes 32 bits
-    torch.manual_seed(seed)
-    return Machine(chosen, rank, world_size, amp_dtype)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size)
+    torch.manual_seed(seed)  # alike on every rank, for the weights that models start with
+    return Machine(chosen, rank, max(1, world_size), amp_dtype, started)
 
 
-class Interrupted(BaseException):
-    """SIGTERM (Slurm, torchrun) or SIGINT (Ctrl-C) ended the run; run_script turns it into exit code 143 or 130."""
-
-    def __init__(self, signum: int):
-        super().__init__(signum)
-        self.signum = signum
-
-
-class Stop:
-    """What run_script's signal handlers know: whether a step must be finished first, whether a signal waits, and the run's directory."""
-
-    deferred, signum, directory = False, 0, None
-
-
-def on_signal(signum: int, _frame: object) -> None:
-    if not Stop.deferred or Stop.signum:  # nothing to finish, or asked a second time
-        raise Interrupted(signum)
-    Stop.signum = signum
-
-
-class Pace:
-    """When a checkpoint is due before the epoch is over: after so many minutes, or because a signal asked the run to stop.
-
-    From `begin` to `end`, a signal waits for the step to be finished. Every rank hears the same: on several, they ask each other every `every` steps.
-    """
-
-    def __init__(self, minutes: float, every: int, machine: Machine):
-        self.seconds, self.every, self.machine = 60 * minutes, every, machine
-        self.since, self.signum = time.monotonic(), 0
-
-    def begin(self) -> None:
-        Stop.deferred = True
-
-    def due(self, step: int, now: bool = False) -> bool:
-        """`now`: whatever the step."""
-        late = time.monotonic() - self.since > self.seconds
-        self.signum = Stop.signum
-        if self.machine.world_size > 1:
-            if step % self.every and not now:
-                return False
-            asked = torch.tensor([self.signum, int(late)], device=self.machine.device)
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self.signum, late = asked.tolist()
-        return bool(self.signum or late)
-
-    def saved(self) -> None:
-        """A checkpoint was written: time starts anew, and a run that was asked to stop ends here."""
-        self.since = time.monotonic()
-        if self.signum:
-            self.machine.barrier()
-            raise Interrupted(self.signum)
-
-    def end(self) -> None:
-        """The epoch is over: from now on a signal ends the run at once, and one that waits does so now."""
-        Stop.deferred = False
-        if Stop.signum:
-            raise Interrupted(Stop.signum)
-
-
-def random_states(machine: Machine) -> list[list[torch.Tensor]]:
-    """random_state of every rank, on every rank."""
-    states = [random_state(machine)]
-    if machine.world_size > 1:
-        states = [None] * machine.world_size
-        dist.all_gather_object(states, random_state(machine))
-    return states
-
-
-def restore_random_states(states: list[list[torch.Tensor]], machine: Machine) -> None:
-    """This rank's own; with another number of ranks than before, the first's for the first, and the others go on from their seeds."""
-    if len(states) == machine.world_size or machine.is_main:
-        restore_random_state(states[machine.rank], machine)
-
-
-def restore_totals(saved: torch.Tensor, machine: Machine) -> torch.Tensor:
-    """The sums (n,) that this rank goes on adding to, of the saved ones of all ranks (ranks, n): its own; where the number of ranks
-    has changed, the first gets them all."""
-    own = saved[machine.rank] if len(saved) == machine.world_size else saved.sum(0) * machine.is_main
-    return own.to(machine.device)
-
-
-def random_state(machine: Machine) -> list[torch.Tensor]:
-    """The states of torch's own generators: the CPU's and, where one is used, the GPU's."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(machine.device)] if machine.device.type == "cuda" else [])
-
-
-def restore_random_state(state: list[torch.Tensor], machine: Machine) -> None:
-    torch.set_rng_state(state[0])
-    if machine.device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], machine.device)
-
-
-def grad_scaler(machine: Machine) -> torch.amp.GradScaler:
-    """Loss scaling for float16; passes everything through otherwise."""
-    return torch.amp.GradScaler(machine.device.type, enabled=machine.amp_dtype == torch.float16)
+def descend(
+    loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float | None = None
+) -> None:
+    """One step of the optimiser, at the learning rate `lr` where it is given, down the gradient of a loss."""
+    for group in optimizer.param_groups if lr is not None else ():
+        group["lr"] = lr
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
 
 
 def distribute(model: nn.Module, machine: Machine) -> nn.Module:
-    """The model to train with: itself on one rank, else DistributedDataParallel with batch-norm statistics of the global batch.
-
-    DDP averages gradients over ranks, so a rank's loss is its rows' sum × world size / global batch size.
-    """
+    """The model to train with: DistributedDataParallel, with batch-norm statistics of the global batch, on
+    several ranks. DDP averages gradients over ranks, so a rank's loss is its rows' sum × world size / global
+    batch size."""
     if machine.world_size == 1:
         return model
     if machine.device.type == "cuda":
@@ -2357,14 +1775,15 @@ def distribute(model: nn.Module, machine: Machine) -> nn.Module:
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation over the global batch of all ranks, on any backend; the parts may differ in size."""
+    """Batch normalisation over the global batch of all ranks, on any backend; the parts may differ in
+    size."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         from torch.distributed.nn.functional import all_reduce  # differentiable
 
-        dtype, x = x.dtype, x.float()  # sums over many pixels, and the running statistics, are float32 under autocast too
+        dtype, x = x.dtype, x.float()  # sums and running statistics are float32 under autocast too
         count = x.numel() / x.shape[1]
         totals = all_reduce(torch.cat([x.sum((0, 2, 3)), x.new_tensor([count])]))
         mean = totals[:-1] / totals[-1]
@@ -2378,364 +1797,92 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         return (centred * scale[None, :, None, None] + self.bias[None, :, None, None]).to(dtype)
 
 
-@contextlib.contextmanager
-def affine_batch_norm(model: nn.Module, machine: Machine) -> Iterator[None]:
-    """Within it, batch norm in eval mode is computed as x·scale + shift, for passes whose gradient goes to the images alone.
+# ---------- Command line ----------
 
-    On a CPU that makes forward and backward through the digits models 2.4 times faster, because ATen's own backward is slow there; elsewhere
-    nothing is changed.
-    """
-    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)] if machine.device.type == "cpu" else []
-    for layer in layers:
-        layer.forward = functools.partial(affine_batch_norm_forward, layer)  # an attribute of the instance hides the method
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def affine_batch_norm_forward(layer: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
-    scale = layer.weight.detach() * (layer.running_var + layer.eps).rsqrt()
-    shift = layer.bias.detach() - layer.running_mean * scale
-    return torch.addcmul(shift[None, :, None, None].to(x.dtype), x, scale[None, :, None, None].to(x.dtype))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def save_atomically(content: object, file: str | Path, keep_previous: bool = False) -> None:
-    """Write a checkpoint of tensors and plain values beside `file`, flush it to disk, then rename it: readers see the old one or the new one.
-
-    keep_previous: the old one stays as <name>.previous.<suffix>, for read_checkpoint. Raises InputError where it cannot be written: the old one stays.
-    """
-    file = Path(file)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as stream:
-            torch.save(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if keep_previous and file.is_file():
-            older = previous_of(file)
-            older.unlink(missing_ok=True)
-            try:
-                os.link(file, older)  # at every moment one of the two is whole
-            except OSError:  # a file system without links
-                os.replace(file, older)
-        os.replace(beside, file)
-        with contextlib.suppress(OSError):  # the renaming itself to disk; not every file system can
-            descriptor = os.open(file.parent, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        # On a full disk torch.save raises an error of its own ("unexpected pos"), over the one that says why.
-        reason = error.__context__ if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError) else error
-        raise InputError(f"cannot write {file}: {reason}; what it held before is still there") from error
-
-
-def previous_of(file: Path) -> Path:
-    return file.with_name(f"{file.stem}.previous{file.suffix}")
-
-
-def save_run(state: dict, directory: Path, machine: "Machine") -> None:
-    """A run's checkpoint.pt, by rank 0, the one before it kept; InputError, and nothing written, where the model's weights are not finite."""
-    if not machine.is_main:
-        return
-    file = directory / "checkpoint.pt"
-    bad = next((key for key, value in state["state_dict"].items() if value.is_floating_point() and not value.isfinite().all()), None)
-    if bad is not None:
-        raise InputError(f"{bad} is not finite at step {state['step']}: lower --lr; the last good checkpoint is {file}")
-    for beside in directory.glob(".*.pt.*"):  # of a run that was killed while it wrote
-        beside.unlink(missing_ok=True)
-    save_atomically(state, file, keep_previous=True)
-
-
-def check_unchanged(saved: dict, fixed: dict, file: Path) -> None:
-    """InputError, naming them, for settings of the run that is continued (its "fixed") that are others now."""
-    before = saved.get("fixed", {})
-    changed = [f"--{name.replace('_', '-')} was {before.get(name)}" for name in fixed if before.get(name) != fixed[name]]
-    if changed:
-        raise InputError(f"{file} is of a run with other settings ({', '.join(changed)}): leave them as they were, or choose another --run-dir")
-
-
-@contextlib.contextmanager
-def continues(file: Path) -> Iterator[None]:
-    """Within it a checkpoint's parts are put in their places; InputError where one does not fit."""
-    try:
-        yield
-    except (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise InputError(f"{file} does not continue here: {error}; use the settings, --device and --amp that it was begun with") from error
-
-
-def restore_place(saved: dict, generator: torch.Generator) -> "Place":
-    """Set the generator to where the checkpoint's epoch began, and return the place in it; between two epochs, to where it was."""
-    if saved["batches"] == 0:
-        generator.set_state(saved["generator"])
-        return EPOCH_START
-    generator.set_state(saved["epoch_start"])
-    return Place(saved["batches"], saved["generator"])
-
-
-def has_checkpoint(directory: str | Path | None) -> bool:
-    """Whether a run's directory holds a checkpoint to continue from."""
-    file = Path(directory or "") / "checkpoint.pt"
-    return bool(directory) and (file.is_file() or previous_of(file).is_file())
-
-
-def read_checkpoint(directory: str | Path, advice: str) -> dict:
-    """A run's checkpoint; where the newest one is damaged, the one before it, with a warning. Raises InputError where neither can be read."""
-    file = Path(directory) / "checkpoint.pt"
-    try:
-        state = load_tensors(file, advice)
-    except InputError as error:
-        if not previous_of(file).is_file():
-            raise
-        state = load_tensors(previous_of(file), advice)
-        sys.stderr.write(f"warning: {error}; going on from {previous_of(file)}\n")
-    if not isinstance(state, dict):
-        raise InputError(f"{file} holds no run: {advice}")
-    return state
-
-
-def load_tensors(file: str | Path, advice: str) -> object:
-    """Unpickle tensors and plain values only. Raises InputError for a missing, truncated or unsafe file."""
-    import zipfile
-
-    if not Path(file).is_file():
-        raise InputError(f"{file} does not exist: {advice}")
-    try:
-        if zipfile.is_zipfile(file):  # torch compresses nothing: more than the file's size is built to fill the memory
-            with zipfile.ZipFile(file) as archive:
-                if sum(member.file_size for member in archive.infolist()) > Path(file).stat().st_size:
-                    raise ValueError("it holds more than its own size")
-        with warnings_off():
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zipfile, EOF and runtime errors, as torch.load meets them
-        reason = "it holds more than tensors (code is never unpickled)" if "weights_only" in str(error).lower() else "truncated or no checkpoint"
-        raise InputError(f"cannot read {file}: {reason}; {advice}") from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def forward_chunk(model: nn.Module, size: int, machine: Machine) -> int:
-    """As Machine.chunk, for a model that is asked often: on a CPU at most so many images that its largest layer's output stays within 16 MB."""
-    if machine.device.type != "cpu":
-        return machine.chunk(size, size)
-    largest = 1
-
-    def measure(_module: nn.Module, _inputs: object, output: object) -> None:
-        nonlocal largest
-        largest = max(largest, output.numel() if isinstance(output, torch.Tensor) else 1)
-
-    hooks = [module.register_forward_hook(measure) for module in model.modules()]
-    model(torch.zeros(1, 3, size, size))
-    for hook in hooks:
-        hook.remove()
-    return max(1, min(machine.chunk(size, size), 2**22 // largest))
-
-
-@torch.no_grad()
-def predict_logits(model: Callable, images: torch.Tensor, machine: Machine) -> torch.Tensor:
-    """Logits (N, classes) float32 of uint8 images (N, 3, H, W), each image on one rank exactly once, in chunks. `model` maps [0, 1] images to logits."""
-    logits = []
-    for part in machine.own_rows(images).split(machine.chunk(*images.shape[2:])):
-        with machine.autocast():
-            batch = to_float(part.to(machine.device)).contiguous(memory_format=torch.channels_last)
-            logits.append(model(batch).float())
-    return machine.all_rows(torch.cat(logits))
-
-
-def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, machine: Machine) -> dict[str, float]:
-    """{"top1_accuracy", "top5_accuracy": percent, "loss": mean cross entropy} of a model on the machine's device, on uint8 images (N, 3, H, W) with
-    labels (N,) int64, in eval mode; the model's mode is restored."""
-    training = model.training
-    model.eval()
-    logits, labels = predict_logits(model, images, machine), labels.to(machine.device)
-    model.train(training)
-    return {"top1_accuracy": accuracy(logits, labels), "top5_accuracy": accuracy(logits, labels, 5), "loss": F.cross_entropy(logits, labels).item()}
-
-
-@torch.no_grad()
-def evaluate_folder(models: list[nn.Module], folder: Folder, batch_size: int, workers: int, machine: Machine) -> list[dict[str, float]]:
-    """As `evaluate`, for pictures that are read as they are needed, once for all models."""
-    training = [model.training for model in models]
-    for model in models:
-        model.eval()
-    totals = torch.zeros(len(models), 4, device=machine.device, dtype=torch.float64)
-    for images, labels in folder.all_batches(batch_size, workers, machine):
-        batch = to_float(images).contiguous(memory_format=torch.channels_last)
-        for total, model in zip(totals, models):
-            with machine.autocast():
-                logits = model(batch).float()
-            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            total += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.ones_like(labels).sum()]).to(totals.dtype)
-    for model, mode in zip(models, training):
-        model.train(mode)
-    keys = ("top1_accuracy", "top5_accuracy", "loss")
-    return [dict(zip(keys, (100 * top1 / count, 100 * top5 / count, loss / count))) for top1, top5, loss, count in machine.all_sum(totals).tolist()]
-
-
-def evaluate_models(models: list[nn.Module], data: Data, batch_size: int, workers: int, machine: Machine) -> list[dict[str, float]]:
-    """Top-1 and top-5 accuracy (%) and loss of each model on tensors or pictures."""
-    if isinstance(data, Folder):
-        return evaluate_folder(models, data, batch_size, workers, machine)
-    return [evaluate(model, *data, machine) for model in models]
-
-
-def evaluate_corruptions(
-    models: list[nn.Module], corruptions: Corruptions, batch_size: int, workers: int, machine: Machine
-) -> list[dict[str, list[float]]]:
-    """For each model {corruption: [accuracy (%) at each severity]}, the extra corruptions last; every set is made, or read, once."""
-    from tqdm import tqdm
-
-    names = corruptions.names + corruptions.extra
-    found = [{name: [] for name in names} for _ in models]
-    progress = tqdm(total=len(names) * len(corruptions.severities), desc="corruptions", unit="set", disable=not machine.is_main)
-    for name in names:
-        for severity in corruptions.severities:
-            figures = evaluate_models(models, corruptions.read(name, severity), batch_size, workers, machine)
-            for values, figure in zip(found, figures):
-                values[name].append(figure["top1_accuracy"])
-            progress.update()
-    progress.close()
-    return found
-
-
-def auroc(scores: torch.Tensor, labels: torch.Tensor) -> float | None:
-    """The area under the ROC curve of scores (N,) for labels (N,) of 0 and 1: the share of pairs of a positive and a negative whose order is right,
-    ties counting half. None where all labels are alike."""
-    positive = labels > 0.5
-    count = int(positive.sum())
-    if count in (0, len(labels)):
-        return None
-    values, place, equals = scores.double().unique(return_inverse=True, return_counts=True)
-    last = equals.cumsum(0).double()
-    ranks = (last - (equals - 1) / 2)[place]  # 1…N, equal scores share their mean
-    return ((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(labels) - count))).item()
-
-
-def accuracy(logits: torch.Tensor, labels: torch.Tensor, top: int = 1) -> float:
-    """Percent of rows of logits (N, classes) whose label (N,) is among the `top` largest."""
-    correct = (logits.topk(min(top, logits.shape[1]), dim=1).indices == labels.to(logits.device)[:, None]).any(1)
-    return 100 * correct.double().mean().item()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Results: command line, run directory, logs, the table over seeds
-# ---------------------------------------------------------------------------------------------------------------------
+# What an args.json says of one invocation; what may be another when a run is used again; what only a run that
+# goes on heeds. Everything else is what the run is made of.
+INVOCATION = ("git_commit", "versions", "device_name", "world_size", "command")
+INVOCATION += ("run_dir", "resume", "load_conf", "evaluate", "predict", "export")
+CHANGEABLE = ("device", "amp", "compile", "workers", "data_root", "datadir_clean", "datadir_sin")
+CHANGEABLE += ("corruptions_path", "checkpoint_every", "checkpoint_minutes", "log_every")
+CHANGEABLE += ("test_batch_size", "local_rank", *INVOCATION)
+RATES = ("lr", "weight_decay", "controller_lr", "generator_lr")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, defaults in the help, and both spellings of a flag (--num-samples, --num_samples)."""
+    """argparse with one-line errors, defaults in the help, and two spellings: --num-samples,
+    --num_samples."""
 
     def __init__(self, **keywords):
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **keywords)
+        formatter = functools.partial(HelpFormatter, max_help_position=28, width=110)
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **keywords)
 
     def error(self, message: str):
-        sys.stderr.write(f"{self.prog}: error: {' '.join(one_line(message).split())} (see --help)\n")
+        sys.stderr.write(f"{self.prog}: error: {one_line(message)} (see --help)\n")
         sys.exit(2)
 
-    def parse(
-        self,
-        argv: list[str] | None,
-        published: Callable[[argparse.Namespace], dict],
-        translate: Callable[[dict, argparse.Namespace], dict] = lambda values, given: values,
-    ) -> argparse.Namespace:
-        """Parse argv; a flag left out takes the value of the run continued, then that of the --load-conf file, then `published(args)`'s, then its default.
+    def parse(self, argv: list[str] | None, published: Callable, translate: Callable = lambda conf, _: conf):
+        """A flag left out takes the value of the run that is used again, then that of the --load-conf file
+        (`translate` turns a configuration into flags), then that of `published(args)`, then its default.
+        What contradicts the run is refused here."""
+        argv = [self.hyphenate(word) for word in (sys.argv[1:] if argv is None else argv)]
+        given, earlier, words = self.parse_args(argv), {}, []
+        if given.load_conf:
+            words = self.words(given.load_conf, lambda values: translate(values, given))
+        again = given.resume or given.evaluate or getattr(given, "predict", None)
+        file = Path(given.run_dir or "") / "args.json"
+        if again and given.run_dir and file.is_file():
+            of_run = self.words(file)
+            words, earlier = words + of_run, vars(self.parse_args(of_run))
 
-        published: from what is given so far (data set and model among it) to a dict of the values published for it. translate: from the values of
-        a configuration, and what is given, to flags.
-        """
-        argv = sys.argv[1:] if argv is None else argv
-        argv = [self.hyphenate(word) for word in argv]
-        given = self.parse_args(argv)
-        configurations = [given.load_conf] if given.load_conf else []
-        if given.run_dir and (given.resume or given.evaluate or getattr(given, "predict", None)):
-            earlier = Path(given.run_dir) / "args.json"  # the run that is continued or used: its own settings go before those of --load-conf
-            configurations += [earlier] if earlier.is_file() else []
-        for configuration in configurations:
-            label = f"--load-conf {configuration}" if configuration == given.load_conf else str(configuration)
-            self.set_defaults(**self.read_configuration(configuration, label, functools.partial(translate, given=given)))
-        given = self.parse_args(argv)
-        for name, value in published(given).items():
-            if getattr(given, name, "") is None:
-                setattr(given, name, value)
-        return given
+        args = self.parse_args(words + argv)
+        for name, value in published(args).items():
+            if getattr(args, name, "") is None:
+                setattr(args, name, value)
+        for name, before in earlier.items() if has_checkpoint(given.run_dir) else ():
+            if before != getattr(args, name) and name not in CHANGEABLE + RATES * args.resume:
+                what = f"{given.run_dir} is of a run with --{name.replace('_', '-')} {before}"
+                self.error(f"{what}: leave it so, or choose another --run-dir")
+        return args
 
     @staticmethod
     def hyphenate(word: str) -> str:
         name, equals, value = word.partition("=")
         return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
-    def read_configuration(self, file: str | Path, label: str, translate: Callable[[dict], dict]) -> dict:
-        """The flags that a JSON file sets, checked as on the command line; an error begins with the label."""
+    def words(self, file: str | Path, translate: Callable = dict) -> list[str]:
+        """The settings in a JSON file as words of a command line, which argparse checks as such."""
         try:
             values = json.loads(Path(file).read_text())
             if not isinstance(values, dict):
-                raise ValueError("not a JSON object")
+                raise ValueError("it holds no JSON object")
             values = translate(values)
-        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:  # of another form than expected
-            self.error(f"{label}: {error}")
-        actions = {action.dest: action for action in self._actions}
-        # What an earlier run's args.json says of that run, not of the method.
-        skipped = set(ENVIRONMENT_KEYS) | {"run_dir", "resume", "load_conf", "evaluate", "predict", "export", "dry_run"}
-        values = {key.replace("-", "_"): value for key, value in values.items()}
-        unknown = sorted(set(values) - set(actions) - skipped)
-        if unknown:
-            self.error(f"{label}: unknown settings {', '.join(unknown)}")
-        defaults = {}
-        for key, value in values.items():
-            if key in skipped:
-                continue
-            action = actions[key]
-            switch = isinstance(action, (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse.BooleanOptionalAction))
-            if switch and not isinstance(value, bool):
-                self.error(f"{label}: {key} is true or false, not {value!r}")
-            if isinstance(value, str) and not value.isprintable():
-                self.error(f"{label}: {key} holds characters that cannot be printed")
-            if value is None and action.default is not None:
-                self.error(f"{label}: {key} is null, but needs a value")
-            if value is not None and not switch:
-                try:  # the same checks as on the command line
-                    value = self._get_value(action, str(value))
-                    self._check_value(action, value)
-                except argparse.ArgumentError as error:
-                    self.error(f"{label}: {error}")
-            defaults[key] = value
-        return defaults
+            values = {f"--{key.replace('_', '-')}": values[key] for key in values if key not in INVOCATION}
+        except (OSError, ValueError, AttributeError, TypeError) as error:  # of another form than expected
+            self.error(f"{file}: {error}")
+        given = {key: value for key, value in values.items() if value is not None and value is not False}
+        words = [key if value is True else f"{key}={value}" for key, value in given.items()]
+        offs = [key.replace("--", "--no-", 1) for key, value in values.items() if value is False]
+        return words + [word for word in offs if word in self._option_string_actions]
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=28, width=120)
-
     def _get_help_string(self, action: argparse.Action) -> str:
-        shown = action.default not in (None, argparse.SUPPRESS, False) and "default" not in (action.help or "")
-        return (action.help or "") + (" (default: %(default)s)" if shown else "")
+        text = action.help or ""
+        shown = action.default not in (None, argparse.SUPPRESS, False) and "default" not in text
+        return text + " (default: %(default)s)" * shown
 
 
-def number(kind: type, low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False) -> Callable[[str], float]:
+def number(kind: type, low: float, high=math.inf, open_low=False, open_high=False) -> Callable:
     """An argparse type: an int or a float within bounds, finite."""
 
     def parse(text: str):
         value = kind(text)
-        if kind is int and abs(value) >= 2**63:  # more than torch takes for a seed
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be below 2^63")
-        inside = (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
-        if not inside or not math.isfinite(value):
-            below = "" if high == math.inf else f" and {'<' if open_high else '≤'} {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {'>' if open_low else '≥'} {low:g}{below}")
+        outside = value < low or value > high or (open_low and value == low) or (open_high and value == high)
+        if outside or not math.isfinite(value) or (kind is int and value >= 2**63):  # torch takes no more
+            bounds = f"{'>' if open_low else '≥'} {low:g}"
+            bounds += f" and {'<' if open_high else '≤'} {high:g}" * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
         return value
 
     parse.__name__ = kind.__name__
@@ -2743,33 +1890,53 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
 
 
 def boolean(text: str) -> bool:
-    """An argparse type: true or false, for flags that older commands give a value (-e True)."""
+    """An argparse type, for flags that older commands give a value (-e True)."""
     if text.lower() not in ("true", "false", "1", "0"):
         raise argparse.ArgumentTypeError(f"{text}: true or false")
     return text.lower() in ("true", "1")
 
 
+# ---------- Run: a directory, its log and checkpoints, signals, the loop's counting ----------
+
+
+class Interrupted(BaseException):
+    """SIGTERM (Slurm, torchrun) or SIGINT (Ctrl-C) ended the run: exit code 143 or 130."""
+
+
+class Stop:
+    """What signal handlers know: must a step be finished first, does a signal wait, the run's directory."""
+
+    deferred, signum, directory = False, 0, None
+
+
+def on_signal(signum: int, _frame: object) -> None:
+    if not Stop.deferred or Stop.signum:  # nothing to finish, or asked a second time
+        raise Interrupted(signum)
+    Stop.signum = signum
+
+
 def run_script(main: Callable[[], None]) -> None:
-    """Run `main`; bad input ends in one line on stderr and exit code 2, SIGTERM in 143 and SIGINT in 130, with a line that says how to go on."""
+    """Run `main`; bad input ends in one line and exit code 2, a signal in a line that says how to go on."""
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, on_signal)
     script = Path(sys.argv[0]).name
     try:
         main()
-        if dist.is_initialized():  # ranks leave together: one that closes its connections while another still works may abort it
+        if dist.is_initialized():  # ranks leave together: one that left may abort one that works
             with contextlib.suppress(RuntimeError):
                 dist.barrier()
     except (InputError, OSError) as error:  # an OSError names the file and what the system said
         close_bars()
-        sys.stderr.write(f"{script}: error: {' '.join(one_line(str(error)).split())}\n")
+        sys.stderr.write(f"{script}: error: {one_line(str(error))}\n")
         sys.exit(2)
     except Interrupted as stopped:
         close_bars()
+        signum = stopped.args[0]
+        again = f"; continue with --resume --run-dir {Stop.directory}" if Stop.directory else ""
         if os.environ.get("RANK", "0") == "0":
-            again = f"; continue with --resume --run-dir {Stop.directory}" if Stop.directory else ""
-            sys.stderr.write(f"{script}: stopped by {signal.Signals(stopped.signum).name}{again}\n")
+            sys.stderr.write(f"{script}: stopped by {signal.Signals(signum).name}{again}\n")
         sys.stderr.flush()
-        os._exit(128 + stopped.signum)  # the other ranks may be in the middle of anything: nobody waits for anybody
+        os._exit(128 + signum)  # other ranks may be in the middle of anything: nobody waits for them
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -2777,191 +1944,226 @@ def run_script(main: Callable[[], None]) -> None:
 
 def close_bars() -> None:
     """Progress bars that are still open would be drawn over the last line."""
-    if "tqdm" in sys.modules:
-        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
-            bar.close()
+    for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())) if "tqdm" in sys.modules else ():
+        bar.close()
 
 
-ENVIRONMENT_KEYS = ("git_commit", "versions", "device_name", "world_size", "command")
+class Totals:
+    """Sums over an epoch, (n,) float64, of this rank's rows. A checkpoint holds those of every rank."""
+
+    def __init__(self, size: int, machine: Machine):
+        self.own, self.machine = torch.zeros(size, dtype=torch.float64, device=machine.device), machine
+
+    def add(self, *values: Tensor) -> None:
+        self.own += torch.cat([value.detach().reshape(-1).to(self.own) for value in values])
+
+    def read(self, step: int) -> list[float]:
+        """The sums over all ranks after a step; InputError where one is not finite."""
+        values = self.machine.all_sum(self.own.clone()).tolist()
+        if not all(map(math.isfinite, values)):
+            good = f"the last checkpoint in {Stop.directory} is good"
+            raise InputError(f"the loss is not finite at step {step}: lower --lr; {good}")
+        return values
+
+    def state_dict(self) -> dict:
+        return {"rows": self.machine.all_rows(self.own[None])}
+
+    def load_state_dict(self, state: dict) -> None:
+        rows, machine = state["rows"], self.machine
+        same = len(rows) == machine.world_size  # else the first rank gets them all
+        self.own.copy_(rows[machine.rank] if same else rows.sum(0) * machine.is_main)
 
 
 class Run:
-    """A run's directory: args.json, log.jsonl, TensorBoard events, a copy of the script. Only rank 0 writes."""
+    """A run's directory (args.json, log.jsonl, TensorBoard events, checkpoints, a copy of the script) and the
+    counting of its loop. Only rank 0 writes; nothing is written before `track` has found that all fits.
 
-    def __init__(self, directory: Path, machine: Machine, arguments: dict | None, resume_step: int | None, started: float):
-        self.directory, self.machine, self.started = directory, machine, started
-        Stop.directory = directory
-        self.log_file = self.writer = None
-        if not machine.is_main:
-            return
+    step: optimiser steps done. using: nothing is trained. in_place: a run that is there is used. finished.
+    """
+
+    def __init__(self, args: argparse.Namespace, machine: Machine, method: str):
+        self.args, self.machine, self.method, self.script = args, machine, method, Path(sys.argv[0]).stem
+        self.using = bool(args.evaluate or getattr(args, "predict", None))
+        holds = has_checkpoint(args.run_dir) and (args.resume or self.using)
+        self.directory = Path(args.run_dir) if holds else machine.on_main(self.new_directory)
+        self.saved = read_checkpoint(self.directory) if holds else None
+        self.in_place, self.step, self.finished, self.log_file = bool(holds and self.using), 0, False, None
+
+    def new_directory(self) -> Path:
+
+        args = self.args
+        name = f"{args.dataset}-{args.model}-{self.method}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        directory = Path(args.run_dir or Path("runs") / self.script / name)
+        while not args.run_dir and directory.exists():  # begun in the same second
+            directory = directory.with_name(directory.name + "-2")
+        if directory.exists() and not directory.is_dir():
+            raise InputError(f"{directory} is not a directory: choose another with --run-dir")
+        if directory.is_dir() and any(directory.iterdir()) and not args.resume:
+            raise InputError(f"{directory} is not empty: continue it with --resume, or choose another")
+        return directory
+
+    def track(self, progress: dict, **parts: object) -> dict:
+        """All that a checkpoint holds: `progress`, a dict of plain values, which is returned, and whatever
+        has state_dict and load_state_dict; filled from the run's checkpoint. Rates stay as given now."""
+        self.parts, self.progress = parts, progress
+        file, advice = self.directory / "checkpoint.pt", "use the settings of the run"
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            if arguments is not None:  # None: a finished run is looked at again
-                write_json(directory / "args.json", arguments | environment(machine))
-                if Path(sys.argv[0]).suffix == ".py":
-                    shutil.copy(sys.argv[0], directory)
-            if resume_step is not None:
-                keep_log(directory / "log.jsonl", resume_step)
-            self.log_file = open(directory / "log.jsonl", "a" if resume_step is not None else "w")
-            from torch.utils.tensorboard import SummaryWriter
+            if self.saved is not None:
+                self.step, total = self.saved["step"], self.saved["total_steps"]
+                progress.update({key: self.saved["progress"][key] for key in progress})
+                ended = self.step >= total and (self.directory / "results.json").is_file()
+                self.finished = ended and not self.using
+            for name, part in parts.items() if self.saved is not None else ():
+                if isinstance(part, nn.Module):
+                    load_state(part, self.saved[name], f"{name} in {file} does not fit", advice)
+                elif isinstance(part, torch.optim.Optimizer):
+                    given = [dict(group, params=None) for group in part.param_groups]
+                    part.load_state_dict(self.saved[name])
+                    for group, own in zip(part.param_groups, given):
+                        group.update(own, params=group["params"])
+                elif self.saved[name]:  # a scaler of a run without mixed precision has none
+                    part.load_state_dict(self.saved[name])
+        except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{file} does not continue here ({error!r}): {advice}") from error
+        Stop.directory = self.directory
+        if self.machine.is_main and not self.finished:
+            self.open()
+        return progress
 
-            self.writer = SummaryWriter(directory, purge_step=None if resume_step is None else resume_step + 1)
-        except OSError as error:
-            raise InputError(f"cannot write the run directory {directory}: {error}; choose another with --run-dir") from error
+    def open(self) -> None:
+        arguments, log = vars(self.args) | {"run_dir": str(self.directory)}, self.directory / "log.jsonl"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self.in_place:
+            write_json(self.directory / "args.json", arguments | environment(self.machine))
+            if Path(sys.argv[0]).suffix == ".py":
+                shutil.copy(sys.argv[0], self.directory)
+        only_predicts = self.using and not self.args.evaluate
+        kept = []  # of the log of a run that goes on: nothing after this step, nor of the test
+        for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line of a run that was killed
+                if json.loads(line)["step"] <= self.step and ('"test_' not in line or only_predicts):
+                    kept.append(line + "\n")
+        log.write_text("".join(kept))
+        from torch.utils.tensorboard import SummaryWriter
 
-    def log(self, step: int, **values: float) -> None:
-        """One JSON line, and the numbers among it to TensorBoard."""
+        self.log_file = open(log, "a")
+        self.writer = SummaryWriter(self.directory, purge_step=self.step + 1 if self.saved else None)
+        print(" ".join(f"{key}={value}" for key, value in arguments.items()))
+        if self.args.resume and self.saved is None:
+            print(f"{self.directory} holds no checkpoint: starting afresh")
+
+    def say(self, *lines: str) -> None:
+        """Lines about the run, before it starts."""
+        if self.log_file is not None:
+            print("\n".join(lines), flush=True)
+
+    def steps(self, batches: Iterable, epochs: int, steps_per_epoch: int) -> Iterator[tuple[int, tuple]]:
+        """(step, batch) from where the run is to the end of its epochs; none where nothing is trained.
+
+        When the loop's body is through, the step counts: a checkpoint is written when one is due, or a
+        signal asked the run to stop. What models draw themselves is seeded by (seed, step, rank).
+        """
+        from tqdm import tqdm
+
+        total, args, machine, batches = epochs * steps_per_epoch, self.args, self.machine, iter(batches)
+        if self.using:
+            return
+        self.bar = tqdm(total=total, initial=self.step, unit="step", disable=not machine.is_main)
+        self.bar.set_description(f"train {self.method}")
+        saved_at, Stop.deferred = time.monotonic(), True
+        try:
+            while self.step < total:
+                batch = next(batches)
+                torch.manual_seed(mix("model", args.seed, self.step, machine.rank))
+                yield self.step, batch
+                self.step += 1
+                self.bar.update()
+                regular = self.step == total or self.step % (args.checkpoint_every * steps_per_epoch) == 0
+                signum, late = Stop.signum, time.monotonic() - saved_at > 60 * args.checkpoint_minutes
+                if machine.world_size > 1:  # every rank must hear the same, and asks now and then
+                    asked = torch.tensor([signum, late], dtype=torch.int, device=machine.device)
+                    if regular or self.step % args.log_every == 0:
+                        dist.all_reduce(asked, dist.ReduceOp.MAX)
+                        signum, late = asked.tolist()
+                    else:
+                        signum, late = 0, False
+                if regular or signum or late:
+                    self.save(total)
+                    saved_at = time.monotonic()
+                if signum:
+                    machine.barrier()  # until rank 0 has written
+                    raise Interrupted(signum)
+            if total == 0 and self.saved is None:
+                self.save(total)
+        finally:
+            Stop.deferred = False
+            self.bar.close()
+
+    def save(self, total_steps: int) -> None:
+        """checkpoint.pt, the one before it kept; InputError where a model is not finite."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}  # Totals gather
+        if not self.machine.is_main:
+            return
+        for name, part in self.parts.items():
+            values = state[name].values() if isinstance(part, nn.Module) else ()
+            if not all(value.isfinite().all() for value in values):
+                what = f"the {name} is not finite at step {self.step}: lower --lr"
+                raise InputError(f"{what}; the last checkpoint in {self.directory} is good")
+        state |= {"step": self.step, "total_steps": total_steps, "progress": self.progress}
+        save_atomically(state, self.directory / "checkpoint.pt", keep_previous=True)
+
+    def log(self, step: int, **values: object) -> None:
+        """One JSON line, and the numbers among it to TensorBoard and the progress bar."""
         if self.log_file is None:
             return
         self.log_file.write(json.dumps({"step": step, **values}) + "\n")
         self.log_file.flush()
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.writer.add_scalar(name, value, step)
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+        if Stop.deferred:
+            shown = [
+                f"{name} {numbers[name]:.3g}" for name in numbers if name not in ("lr", "queries", "epoch")
+            ]
+            self.bar.set_postfix_str(", ".join(shown), refresh=False)
 
     def finish(self, results: dict) -> dict:
-        """Write results.json with the keys that every script has (`results` may bring those of the run that is evaluated again), and return it."""
-        own = {
-            "wall_seconds": round(time.perf_counter() - self.started, 2),
-            "peak_memory_mb": round(peak_memory_mb(self.machine)),
-            "device": device_name(self.machine),
-        }
-        results = results | {key: results.get(key, value) for key, value in own.items()}
-        if self.machine.is_main:
-            write_json(self.directory / "results.json", results)
+        """Write results.json with the keys that every script has, and return it. A run that is evaluated
+        again keeps its times, and the number of images that it was trained on, which may be gone."""
+        args, machine, file = self.args, self.machine, self.directory / "results.json"
+        first = {"script": self.script, "dataset": args.dataset, "model": args.model, "method": self.method}
+        last = {"wall_seconds": round(time.perf_counter() - machine.started, 2)}
+        last |= {"peak_memory_mb": round(peak_memory_mb(machine)), "device": device_name(machine)}
+        results = first | {"seed": args.seed} | results | last
+        if self.in_place and file.is_file():
+            earlier = read_results(self.directory)
+            results |= {key: earlier[key] for key in (*last, "n_train") if key in earlier}
+        if machine.is_main:
+            write_json(file, results)
             self.writer.close()
             self.log_file.close()
         return results
 
 
-def arguments_of_run(directory: Path) -> dict:
-    """What a run was started with, its args.json; nothing where there is no such run."""
-    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-        return dict(json.loads((directory / "args.json").read_text()))
-    return {}
-
-
-def check_in_place(directory: Path, settings: dict, dry_run: bool, instead: str) -> None:
-    """Before a run is evaluated in its own directory: InputError, ending in `instead`, where that would replace its results by those of other
-    settings, or of a dry run."""
-    held = arguments_of_run(directory)
-    if dry_run and not held.get("dry_run"):
-        raise InputError(f"--dry-run would overwrite the results of {directory}: leave it out")
-    for name, value in settings.items():
-        if name in held and value != held[name]:
-            raise InputError(f"--{name.replace('_', '-')} {value} would overwrite the results of {directory}: {instead}")
-
-
-def kept_results(directory: Path, *names: str) -> dict:
-    """Of the results.json of a run that is evaluated again: what does not change (device, times), and `names`; nothing where it had not finished."""
-    with contextlib.suppress(InputError):
-        earlier = read_results(directory)
-        return {key: earlier[key] for key in ("wall_seconds", "peak_memory_mb", "device", *names) if key in earlier}
-    return {}
-
-
-def read_results(directory: Path) -> dict:
-    """The results.json of a finished run."""
-    try:
-        results = json.loads((directory / "results.json").read_text())
-        if not isinstance(results, dict):
-            raise ValueError("not a JSON object")
-        return results
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{directory / 'results.json'}: no results of a finished run ({error})") from error
-
-
-def check_run(saved: dict, file: str | Path, **kinds: type) -> None:
-    """InputError, naming what is not there, unless a run's checkpoint holds all of these, each of its type."""
-    wrong = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
-    if wrong:
-        raise InputError(f"{file} holds no run, or a damaged one (look at {', '.join(wrong)}): choose another")
-
-
-@contextlib.contextmanager
-def reading_run(file: Path, advice: str) -> Iterator[None]:
-    """InputError, ending in `advice`, where a run's file turns out, as it is used, to hold something else."""
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError) as error:
-        raise InputError(f"{file} is damaged or was begun otherwise ({type(error).__name__}: {error}): {advice}") from error
-
-
-def run_directory(script: str, arguments: dict, method: str, machine: Machine) -> Path:
-    """--run-dir, or runs/<script>/<dataset>-<model>-<method>-s<seed>-<time>; InputError for one that is in use, unless --resume."""
-
-    def find() -> Path:
-        name = f"{arguments['dataset']}-{arguments['model']}-{method}-s{arguments['seed']}-{time.strftime('%Y%m%d-%H%M%S')}"
-        directory = Path(arguments["run_dir"] or Path("runs") / script / name)
-        for suffix in range(2, 1000):
-            if arguments["run_dir"] or not directory.exists():
-                break
-            directory = directory.with_name(f"{name}-{suffix}")
-        if directory.exists() and not directory.is_dir():
-            raise InputError(f"{directory} is not a directory: choose another with --run-dir")
-        if directory.is_dir() and any(directory.iterdir()) and not arguments["resume"]:
-            raise InputError(f"{directory} is not empty: continue it with --resume, or choose another with --run-dir")
-        return directory
-
-    return machine.on_main(find)  # rank 0 looks, and all ranks hear the same
-
-
-def finite_totals(totals: torch.Tensor, step: int, lr: float, directory: Path) -> list[float]:
-    """Training's sums as numbers; InputError where one is not finite."""
-    values = totals.tolist()
-    if not all(math.isfinite(value) for value in values):
-        raise InputError(f"the loss is not finite at step {step} (lr {lr:g}): lower --lr; the last good checkpoint is {directory / 'checkpoint.pt'}")
-    return values
-
-
-def write_json(file: Path, values: dict) -> None:
-    write_text(file, json.dumps(values, indent=2) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Readers see the old text or the new one."""
-    beside = file.with_name(f".{file.name}")
-    beside.write_text(text)
-    os.replace(beside, file)
-
-
-def keep_log(file: Path, step: int) -> None:
-    """Drop the lines after `step`, and of the test, which is evaluated again: a resumed run writes them anew."""
-    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    kept = []
-    for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a run that was killed may leave half a line
-            entry = json.loads(line)
-            if entry["step"] <= step and not any(key.startswith("test_") for key in entry):
-                kept.append(line + "\n")
-    file.write_text("".join(kept))
-
-
 def environment(machine: Machine) -> dict:
-    """What made a number: git commit (None outside a checkout), library versions, device, processes, command."""
-    import importlib.metadata
+    """What made a number: git commit, library versions, device, processes, command."""
+    import subprocess
+    from importlib.metadata import version
 
     commit = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        asked = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True, timeout=10)
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
         commit = asked.stdout.strip() or None
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "kornia", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {
-        "git_commit": commit,
-        "versions": versions,
-        "device_name": device_name(machine),
-        "world_size": machine.world_size,
-        "command": " ".join(sys.argv),
-    }
+    versions = {"python": sys.version.split()[0]}
+    versions |= {package: version(package) for package in ("torch", "torchvision", "kornia", "numpy")}
+    values = (commit, versions, device_name(machine), machine.world_size, " ".join(sys.argv))
+    return dict(zip(INVOCATION, values))
 
 
 def device_name(machine: Machine) -> str:
-    if machine.device.type == "cuda":
-        return torch.cuda.get_device_name(machine.device)
-    return f"cpu ({torch.get_num_threads()} threads)"
+    cuda = machine.device.type == "cuda"
+    return torch.cuda.get_device_name(machine.device) if cuda else f"cpu ({torch.get_num_threads()} threads)"
 
 
 def peak_memory_mb(machine: Machine) -> float:
@@ -2973,423 +2175,365 @@ def peak_memory_mb(machine: Machine) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def table_cells(results: dict) -> Iterator[tuple[str, str, str, float]]:
-    """(section, row, column, value) of one results.json: what the table over seeds shows of it."""
+def write_json(file: Path, values: dict) -> None:
+    write_atomically(file, json.dumps(values, indent=2).encode() + b"\n")
+
+
+def save_atomically(content: object, file: Path, keep_previous: bool = False) -> None:
+    """torch.save, through memory: on a full disk it would raise an error that does not say so."""
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    write_atomically(file, stream.getbuffer(), keep_previous)
+
+
+def write_atomically(file: Path, content: bytes | memoryview, keep_previous: bool = False) -> None:
+    """Readers see the old file or the new one; keep_previous: the old one stays as <name>.previous.<suffix>.
+    Raises InputError where it cannot be written."""
+    beside = file.with_name(f".{file.name}.new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if keep_previous and file.is_file():
+            os.replace(file, previous_of(file))
+        os.replace(beside, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise InputError(f"cannot write {file}: {error}; what it held before is still there") from error
+
+
+def previous_of(file: Path) -> Path:
+    return file.with_name(f"{file.stem}.previous{file.suffix}")
+
+
+def has_checkpoint(directory: str | Path | None) -> bool:
+    file = Path(directory or "") / "checkpoint.pt"
+    return bool(directory) and (file.is_file() or previous_of(file).is_file())
+
+
+def read_checkpoint(directory: Path) -> dict:
+    """A run's checkpoint; where the newest is damaged, the one before it, with a warning."""
+    file, advice = directory / "checkpoint.pt", "remove the directory to start afresh"
+    try:
+        return load_tensors(file, advice)
+    except InputError as error:
+        if not previous_of(file).is_file():
+            raise
+        state = load_tensors(previous_of(file), advice)
+        sys.stderr.write(f"warning: {error}; going on from {previous_of(file)}\n")
+        return state
+
+
+def load_tensors(file: str | Path, advice: str) -> object:
+    """Unpickle tensors and plain values only. Raises InputError for a missing, truncated or unsafe file."""
+    try:
+        with warnings_off():
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{file} does not exist: {advice}") from error
+    except Exception as error:  # as torch.load meets them
+        unsafe = "weights_only" in str(error).lower()
+        reason = "it holds more than tensors (no code is run)" if unsafe else "truncated or no checkpoint"
+        raise InputError(f"cannot read {file}: {reason}; {advice}") from error
+
+
+def read_results(directory: Path) -> dict:
+    """The results.json of a finished run."""
+    try:
+        return dict(json.loads((directory / "results.json").read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{directory / 'results.json'}: no results of a finished run ({error})") from error
+
+
+# ---------- Evaluation ----------
+
+
+@torch.no_grad()
+def predict_logits(model: Callable, images: Tensor, machine: Machine) -> Tensor:
+    """Logits (N, classes) float32 of images (N, 3, H, W), uint8 or in [0, 1], on this rank, in chunks."""
+    logits = []
+    for part in images.split(machine.chunk(*images.shape[2:])):
+        part = to_float(part) if part.dtype == torch.uint8 else part
+        with machine.autocast():
+            logits.append(model(part.contiguous(memory_format=torch.channels_last)).float())
+    return torch.cat(logits)
+
+
+@torch.no_grad()
+def evaluate(models: list[nn.Module], data: Data, batch_size: int = 256) -> list[dict[str, float]]:
+    """Of each model {"top1_accuracy", "top5_accuracy": percent, "loss": mean cross entropy}, in eval mode
+    (its mode is restored). Each image is read once, on one rank; all ranks get the figures."""
+    machine, modes = data.machine, [model.training for model in models]
+    totals = torch.zeros(len(models), 4, device=machine.device, dtype=torch.float64)
+    for images, labels in data.eval_batches(batch_size):
+        for total, model in zip(totals, models):
+            logits = predict_logits(model.eval(), images, machine)
+            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            total += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.ones_like(labels).sum()])
+    for model, mode in zip(models, modes):
+        model.train(mode)
+    sums, keys = machine.all_sum(totals).tolist(), ("top1_accuracy", "top5_accuracy", "loss")
+    return [dict(zip(keys, (100 * a / count, 100 * b / count, loss / count))) for a, b, loss, count in sums]
+
+
+def evaluate_corruptions(
+    models: list[nn.Module], corruptions: Corruptions, machine: Machine, batch_size: int = 256
+) -> list[dict[str, list[float]]]:
+    """For each model {corruption: [accuracy (%) at each severity]}; every set is made, or read, once."""
+    from tqdm import tqdm
+
+    found = [{name: [] for name in corruptions.names} for _ in models]
+    sets = [(name, severity) for name in corruptions.names for severity in corruptions.severities]
+    for name, severity in tqdm(sets, desc="corruptions", unit="set", disable=not machine.is_main):
+        for values, figures in zip(found, evaluate(models, corruptions.read(name, severity), batch_size)):
+            values[name].append(figures["top1_accuracy"])
+    return found
+
+
+# ---------- Results: pictures, the table over seeds ----------
+
+
+@contextlib.contextmanager
+def figure(file: Path, rows: int, columns: int, size: tuple, title: str = "", **grid) -> Iterator:
+    """Axes (rows, columns) to draw on, of a figure of `size` inches that is written to `file` at the end."""
+    import matplotlib.figure
+
+    drawing = matplotlib.figure.Figure(figsize=size, dpi=100, layout="constrained")
+    yield drawing.subplots(rows, columns, squeeze=False, **grid)
+    drawing.suptitle(title)
+    drawing.savefig(file)
+
+
+def show(axis, image: Tensor, title: str = "", color: str = "black") -> None:
+    """An image (3, H, W), uint8 or in [0, 1], without ticks."""
+    image = image / 255 if image.dtype == torch.uint8 else image
+    axis.imshow(image.detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize=9, color=color)
+
+
+def curves(axis, history: list[dict], keys: dict[str, str], x: str = "epoch", **labels) -> None:
+    """Lines over `x` of what the history's entries hold under these keys, {key: label}."""
+    for key, label in keys.items():
+        entries = [entry for entry in history if key in entry]
+        points = [entry[x] for entry in entries], [entry[key] for entry in entries]
+        axis.plot(*points, ".-", label=label if entries else None)
+    axis.set(xlabel=x, **labels)
+    axis.grid(alpha=0.3)
+    if len(keys) > 1:
+        axis.legend(fontsize=8)
+
+
+NO_FIGURES = ("seed", "n_train", "n_eval", "peak_memory_mb", "epsilon", "clean_top5_accuracy")
+
+
+def table_cells(results: dict, method: str) -> Iterator[tuple[str, str, str, float]]:
+    """(section, row, column, value) of one results.json."""
     section = f"{results['script']} {results['dataset']} {results['model']}"
-    method = str(results["method"])
-    if isinstance(results.get("accuracy"), dict):  # gretta: baselines are rows beside the method
-        setting = f"{100 * results['proportion']:g} %" if results.get("proportion") else str(results.get("train_on", "all"))
-        if "corruptions" in results:
-            for corruption, errors in results["corruptions"].items():
-                for name, value in errors.items():
-                    yield f"{section}, top-1 error", method if name == "gretta" else name, corruption, value
-        for name, value in results["accuracy"].items():
-            yield f"{section}, accuracy", method if name == "gretta" else name, setting, value
+    if "accuracy" in results:  # gretta: baselines are rows beside the method
+        setting = f"{100 * results['proportion']:g} %" if results["proportion"] else results["train_on"]
+        tables = {"accuracy": {setting: results["accuracy"]}, "top-1 error": results.get("corruptions", {})}
+        for what, columns in tables.items():
+            for column, rows in columns.items():
+                for name, value in rows.items():
+                    yield f"{section}, {what}", method if name == "gretta" else name, column, value
         return
     for name, value in results.items():
-        if name in ("seed", "n_train", "n_eval", "peak_memory_mb", "epsilon", "clean_top5_accuracy") or isinstance(value, bool):
-            continue
-        if isinstance(value, (int, float)):
-            yield section, method, name, value
-        elif name == "controller" and value["entropy_last"] is not None:
-            yield section, method, "entropy_last", value["entropy_last"]
-        elif name in ("corruptions", "shifted") and isinstance(value, dict):
-            for key in value if name == "shifted" else [key for key in value if key.startswith("mean")]:
+        if name in ("corruptions", "shifted", "controller"):
+            shown = [
+                key for key in value if name == "shifted" or key.startswith("mean") or key == "entropy_last"
+            ]
+            for key in shown:
                 yield section, method, f"{name} {key}", value[key]
+        elif type(value) in (int, float) and name not in NO_FIGURES:
+            yield section, method, name, value
 
 
 def table(directories: list[str | Path], by: Sequence[str] = ()) -> str:
-    """A Markdown table per script, data set and model: rows are methods, columns figures, cells mean ± std over the runs' seeds.
+    """A Markdown table per script, data set and model: rows are methods, columns figures, cells mean ± std
+    over seeds.
 
-    by: settings (as args.json names them) whose values tell runs of one method apart: a row for each.
+    by: settings (as args.json names them) that tell runs of one method apart. InputError for two runs of one
+    seed that differ; a baseline is the same in every run of its seed, and counts once.
     """
-    cells: dict[str, dict[str, dict[str, dict]]] = {}
-    for directory in directories:
-        file = Path(directory) / "results.json"
+    found: dict[str, dict[str, dict[str, dict[int, float]]]] = {}  # section, row, column, seed
+    for directory in map(Path, directories):
+        results = read_results(directory)
         try:
-            results = read_results(Path(directory))
-            settings = json.loads((Path(directory) / "args.json").read_text()) if by else {}
-            if unknown := [name for name in by if name not in settings]:
-                raise InputError(f"--by {unknown[0]}: {directory}/args.json has no such setting")
-            method = results["method"] = ", ".join([str(results["method"]), *(f"{name} {settings[name]}" for name in by)])
-            for section, row, column, value in table_cells(results):
-                # A baseline is the same figure in every run of its seed and setting, to rounding: one value per seed counts.
-                if not isinstance(value, (int, float)):
-                    raise TypeError(f"{column} is {value!r}, not a number")
-                value = float(value)
-                values = cells.setdefault(section, {}).setdefault(row, {}).setdefault(column, {})
-                other = abs(values.get(results["seed"], value) - value)
-                if other > (0 if row == method else 0.1) and column != "wall_seconds":
-                    how = "tell them apart with --by" if row == method else "give each a table of its own"
-                    raise InputError(f"{file}: {row} with seed {results['seed']} is there twice, with other settings: {how}")
-                values[results["seed"]] = value
-        except InputError:
-            raise
-        except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            raise InputError(f"{file}: no results of a finished run ({type(error).__name__}: {error})") from error
+            settings = json.loads((directory / "args.json").read_text()) if by else {}
+            method = ", ".join([results["method"], *(f"{name} {settings[name]}" for name in by)])
+            for section, row, column, value in table_cells(results, method):
+                values = found.setdefault(section, {}).setdefault(row, {}).setdefault(column, {})
+                difference = 0 if value is None else abs(values.setdefault(results["seed"], value) - value)
+                if difference > (0 if row == method else 0.1) and column != "wall_seconds":
+                    raise InputError(
+                        f"{directory}: {row} with this seed is there twice: tell them apart with --by"
+                    )
+        except (OSError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{directory}: no results of a finished run ({error!r})") from error
     lines = []
-    for section, rows in cells.items():
+    for section, rows in found.items():
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        with contextlib.suppress(ValueError):
-            columns.sort(key=lambda column: float(column.removesuffix(" %")))
-        counts = {len(values) for row in rows.values() for values in row.values()}
-        seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
-        lines += [
-            f"**{section}** (mean ± std over {seeds} seed{'s' * (max(counts) > 1)})",
-            "",
-            f"| | {' | '.join(columns)} |",
-            "|---" * (len(columns) + 1) + "|",
-        ]
-        order = ("none", "five_crop", "ten_crop", "bn_adapt", "vanilla", "surrogate", "whitebox")  # rows as in the papers
-        order += ("clean", "Speckle", "Gauss_single", "Gauss_mult", "ANT", "ANT+SIN", "ANT3x3", "ANT3x3+SIN")
-        order += ("random", "trivial", "autoaugment", "advaa", "replay")
-        rank = {name: position for position, name in enumerate(order)}
-        for row, values in sorted(rows.items(), key=lambda item: rank.get(item[0].split(",")[0], len(order))):
-            lines.append(f"| {row} | {' | '.join(mean_and_std(list(values.get(column, {}).values())) for column in columns)} |")
+        seeds = max(len(values) for row in rows.values() for values in row.values())
+        lines += [f"**{section}** (mean ± std over {seeds} seeds)", "", f"| | {' | '.join(columns)} |"]
+        lines.append("|---" * (len(columns) + 1) + "|")
+        for row, values in rows.items():
+            cells = [mean_and_std([*values.get(column, {}).values()]) for column in columns]
+            lines.append(f"| {row} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines).rstrip()
 
 
 def mean_and_std(values: list[float]) -> str:
-    if not values:
-        return ""
     spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{spread}"
+    return f"{np.mean(values):.2f}{spread}" if values else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files from elsewhere: published checkpoints, downloads, archives, CIFAR's pickles
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------- Files from elsewhere: data sets and published checkpoints ----------
 
+# What `--download NAME` unpacks: files of Zenodo's, their md5, and a folder that they hold
+ZENODO = "https://zenodo.org/record/"
+ARCHIVES = {
+    "cifar10-c": [("2535967/files/CIFAR-10-C.tar", "56bf5dcef84df0e2308c6dcbcbbd8499", "CIFAR-10-C")],
+    "cifar10-p": [("2535967/files/CIFAR-10-P.tar", "125d6775afc5846ea84584d7524dedff", "CIFAR-10-P")],
+    "cifar100-c": [("3555552/files/CIFAR-100-C.tar", "11f0ed0f1191edbf9fa23466ae6021d3", "CIFAR-100-C")],
+    "imagenet-c": [
+        ("2235448/files/noise.tar", "e80562d7f6c3f8834afb1ecf27252745", "shot_noise"),
+        ("2235448/files/blur.tar", "2d8e81fdd8e07fef67b9334fa635e45c", "zoom_blur"),
+        ("2235448/files/weather.tar", "33ffea4db4d93fe4a428c40a6ce0c25d", "snow"),
+        ("2235448/files/digital.tar", "89157860d7b10d5797849337ca2e5c03", "pixelate"),
+    ],
+    "mnist-c": [("3239543/files/mnist_c.zip", "4b34b33045869ee6d424616cd3a65da3", "mnist_c")],
+}
 
-class Published(NamedTuple):
-    url: str
-    file: str  # its name under weights/
-    dataset: str
-    model: str
-
-
-def on_drive(identity: str) -> str:
-    """The address of a public file on Google Drive; confirm=t: without the page that says it was not scanned for viruses."""
-    return f"https://drive.usercontent.google.com/download?id={identity}&export=download&confirm=t"
-
-
+# Checkpoints that others published, by the names that --weights and --download take (weights/README.md):
+# GrETTA's classifiers for CIFAR-100, trained with AugMix, and their students; Game of Noise's
 GAME_OF_NOISE = "https://github.com/bethgelab/game-of-noise/releases/download/v1.0/"
-
-# Checkpoints that others published, by the names that --weights and --download take; weights/README.md says what each of them scores.
+RELEASES = ("ANT", "ANT+SIN", "ANT3x3", "ANT3x3+SIN", "Speckle", "Gauss_mult", "Gauss_sigma_0.5")
+DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="
 PUBLISHED_WEIGHTS = {
-    # GrETTA (Wang, Yang & Lin; github.com/agil27/GrETTA): classifiers trained with AugMix, and the students distilled from them
-    "gretta-resnext": Published(on_drive("13WhxEVrh23cV22URtAuJytBgG2cvgP0h"), "gretta-resnext.pth", "cifar100", "resnext"),
-    "gretta-wideresnet": Published(on_drive("19fHZG4ZVcli0L8nmXCdf8YZvu6wHwHFx"), "gretta-wideresnet.pth", "cifar100", "wideresnet"),
-    "gretta-resnext-student": Published(on_drive("1MQs0Vx4Mjv6w5Rs5Qnr31YrLy6xTNMJj"), "gretta-resnext-student.pth", "cifar100", "student"),
-    "gretta-wideresnet-student": Published(on_drive("1ycNtxRtewRs81myG6Hn3YI9ds2aufM_p"), "gretta-wideresnet-student.pth", "cifar100", "student"),
-    # AugMix (Hendrycks et al. 2020), as RobustBench (github.com/RobustBench/robustbench) keeps it
-    "robustbench-cifar10-resnext": Published(on_drive("1uGP3nZbL3LC160kOsxwkkt6tDd4qbZT1"), "robustbench-cifar10-resnext.pt", "cifar10", "resnext"),
-    "robustbench-cifar10-wideresnet": Published(
-        on_drive("1wy7gSRsUZzCzj8QhmTbcnwmES_2kkNph"), "robustbench-cifar10-wideresnet.pt", "cifar10", "wideresnet"
-    ),
-    "robustbench-cifar100-resnext": Published(
-        on_drive("1ocnHbvDdOBLvgNr6K7vEYL08hUdkD1Rv"), "robustbench-cifar100-resnext.pt", "cifar100", "resnext"
-    ),
-    "robustbench-cifar100-wideresnet": Published(
-        on_drive("1XpFFdCdU9LcDtcyNfo6_BV1RZHKKkBVE"), "robustbench-cifar100-wideresnet.pt", "cifar100", "wideresnet"
-    ),
-    # Game of Noise (Rusak et al. 2020; github.com/bethgelab/game-of-noise)
-    "ANT": Published(GAME_OF_NOISE + "ANT_Model.pth", "ANT_Model.pth", "imagenet", "resnet50"),
-    "ANT+SIN": Published(GAME_OF_NOISE + "ANT_SIN_Model.pth", "ANT_SIN_Model.pth", "imagenet", "resnet50"),
-    "ANT3x3": Published(GAME_OF_NOISE + "ANT3x3_Model.pth", "ANT3x3_Model.pth", "imagenet", "resnet50"),
-    "ANT3x3+SIN": Published(GAME_OF_NOISE + "ANT3x3_SIN_Model.pth", "ANT3x3_SIN_Model.pth", "imagenet", "resnet50"),
-    "Speckle": Published(GAME_OF_NOISE + "Speckle_Model.pth", "Speckle_Model.pth", "imagenet", "resnet50"),
-    "Gauss_mult": Published(GAME_OF_NOISE + "Gauss_mult_Model.pth", "Gauss_mult_Model.pth", "imagenet", "resnet50"),
-    "Gauss_sigma_0.5": Published(GAME_OF_NOISE + "Gauss_sigma_0.5_Model.pth", "Gauss_sigma_0.5_Model.pth", "imagenet", "resnet50"),
+    "gretta-resnext": f"{DRIVE}13WhxEVrh23cV22URtAuJytBgG2cvgP0h",
+    "gretta-wideresnet": f"{DRIVE}19fHZG4ZVcli0L8nmXCdf8YZvu6wHwHFx",
+    "gretta-resnext-student": f"{DRIVE}1MQs0Vx4Mjv6w5Rs5Qnr31YrLy6xTNMJj",
+    "gretta-wideresnet-student": f"{DRIVE}1ycNtxRtewRs81myG6Hn3YI9ds2aufM_p",
+    **{name: f"{GAME_OF_NOISE}{name.replace('+', '_')}_Model.pth" for name in RELEASES},
 }
 
 
-def default_checkpoint(dataset: str, model: str) -> str | None:
-    """The name of the published AugMix classifier for a CIFAR set; None where there is none."""
-    names = [name for name, published in PUBLISHED_WEIGHTS.items() if (published.dataset, published.model) == (dataset, model)]
-    return names[0] if names and dataset.startswith("cifar") and model != "student" else None  # GrETTA's own before RobustBench's
-
-
-def find_checkpoint(given: str, machine: "Machine", dry_run: bool = False) -> Path | None:
-    """The file that --weights means: a name of PUBLISHED_WEIGHTS (see published_file), or a path, which is returned as it is. None: a dry run lacks it."""
-    return published_file(given, machine, dry_run) if given in PUBLISHED_WEIGHTS else Path(given)
-
-
-def published_file(name: str, machine: "Machine", dry_run: bool = False) -> Path | None:
-    """The file of one of PUBLISHED_WEIGHTS, downloaded by rank 0 if it is missing. A dry run downloads nothing: None where it is missing."""
-    published = PUBLISHED_WEIGHTS[name]
-    file = WEIGHTS / published.file
+def published_file(name: str, machine: Machine, dry_run: bool = False) -> Path | None:
+    """weights/<name>.pth of PUBLISHED_WEIGHTS, downloaded if it is missing; in a dry run None then."""
+    file = WEIGHTS / f"{name}.pth"
     if dry_run and not file.is_file():
-        if machine.is_main:
-            print(f"{name}: {file} is not there, and a dry run downloads nothing: the model stays untrained", flush=True)
         return None
-
-    def get() -> None:
-        download(published.url, file)
-        check_recorded(file)
-
-    machine.on_main(get)
+    machine.on_main(lambda: download(PUBLISHED_WEIGHTS[name], file))
     return file
 
 
-def check_recorded(file: Path) -> None:
-    """Record the file's sha256 in sha256.json beside it, {file name: hex}, or compare it with the one that is there.
+def download(url: str, file: Path, checksum: str = "") -> Path:
+    """Fetch `url` to `file` unless it is there; it appears whole or not at all. Raises InputError.
 
-    For files without a published checksum: what was used first is what is used later. Raises InputError for a file that differs.
+    What came before a connection broke off waits in `<file>.part`, and the next call goes on from there where
+    the server can. checksum: an md5, or the first digits of a sha256; a file of another one is removed.
     """
-    record = file.with_name("sha256.json")
-    try:
-        known = json.loads(record.read_text()) if record.is_file() else {}
-        recorded = known.get(file.name)
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{record} does not hold checksums by file name ({error}): remove it, and they are recorded anew") from error
-    found = file_hash(file, "sha256")
-    if recorded is None:
-        write_json(record, known | {file.name: found})
-    elif found != recorded:
-        raise InputError(
-            f"{file} has sha256 {found}, but {record} recorded {recorded} when it was first used: "
-            f"remove {file} to fetch it again, or its line in {record} if the change was meant"
-        )
+    from http.client import HTTPException
+    from urllib.request import Request, urlopen
 
-
-def load_checkpoint(model: nn.Module, given: str, machine: "Machine", dry_run: bool = False) -> Path | None:
-    """Load the checkpoint that find_checkpoint finds into `model` and return its file; None: a dry run left the model untrained."""
-    file = find_checkpoint(given, machine, dry_run)
-    if file is not None:
-        load_weights(model, file)
-    return file
-
-
-def download(url: str, file: Path, sha256_prefix: str | None = None, md5: str | None = None) -> Path:
-    """Fetch `url` to `file` unless it is there. The file appears whole or not at all; InputError says what went wrong, and what to do.
-
-    A server that answers with a page (Google Drive, when many asked for a file or it is gone) is refused before anything is written. What came
-    before a connection broke off waits in `<file>.part`, and the next call goes on from there where the server can (a Range request).
-    sha256_prefix (the first digits of the checksum, as in torchvision's file names) or md5: a file of another checksum is removed.
-    """
-    if file.is_file():
-        return file
     from tqdm import tqdm
 
+    if file.is_file():
+        return file
     part = file.with_name(f"{file.name}.part")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         held = part.stat().st_size if part.is_file() else 0
-        print(f"downloading {url} to {file}" + (f", from byte {held:,} on" if held else ""), flush=True)
-        with open_url(url, held) as answer:
+        print(f"downloading {url} to {file}" + f", from byte {held:,} on" * bool(held), flush=True)
+        headers = {"User-Agent": "CleanAug"} | ({"Range": f"bytes={held}-"} if held else {})
+        with urlopen(Request(url, headers=headers), timeout=60) as answer:
             held = held if answer.status == 206 else 0  # 200: the server sends the whole of it
-            size = held + int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
-            chunk = answer.read(2**20)
-            if answer.headers.get_content_type() == "text/html" or (not held and chunk[:100].lstrip().startswith(b"<")):
-                raise InputError(f"{url} answered with a page, not the file (quota?): fetch it in a browser and put it at {file}")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with (
-                open(part, "ab" if held else "wb") as stream,
-                tqdm(total=size, initial=held, unit="B", unit_scale=True, desc=file.name, disable=None) as bar,
-            ):
-                while chunk:
-                    stream.write(chunk)
-                    bar.update(len(chunk))
-                    chunk = answer.read(2**20)
-        if size is not None and part.stat().st_size != size:
-            raise OSError(f"the connection broke off after {part.stat().st_size:,} of {size:,} bytes; the same command goes on from there")
-        for name, wanted in (("sha256", sha256_prefix), ("md5", md5)):
-            found = file_hash(part, name) if wanted else ""
-            if wanted and not found.startswith(wanted):
-                part.unlink()
-                raise OSError(f"its {name} is {found}, not {wanted}…, so it was removed")
+            size = held + int(answer.headers["Content-Length"] or 0)
+            if answer.headers.get_content_type() == "text/html":
+                raise OSError("it answered with a page, not the file (quota?): fetch it in a browser")
+            shown = {"total": size, "initial": held, "desc": file.name, "disable": None}
+            with open(part, "ab" if held else "wb") as stream:
+                with tqdm.wrapattr(stream, "write", **shown) as writer:
+                    shutil.copyfileobj(answer, writer, 2**20)
+        if part.stat().st_size < size:
+            raise OSError(
+                f"broken off after {part.stat().st_size:,} of {size:,} bytes; it goes on from there"
+            )
+        with open(part, "rb") as stream:
+            found = hashlib.file_digest(stream, "md5" if len(checksum) == 32 else "sha256").hexdigest()
+        if not found.startswith(checksum):
+            part.unlink()
+            raise OSError(f"its checksum is {found}, not {checksum}, so it was removed")
         os.replace(part, file)
-    except InputError:
-        raise
-    except (OSError, ValueError, http.client.HTTPException) as error:  # no network, no such file, another checksum
-        raise InputError(f"cannot download {url} ({error}): try again, or put the file at {file} yourself") from error
-    return file
+        return file
+    except (OSError, HTTPException) as error:  # no network, no such file, another checksum
+        if getattr(error, "code", 0) == 416:  # the server has no more than what is here: from the beginning
+            part.unlink()
+        raise InputError(f"cannot download {url} ({error}): try again, or put it at {file}") from error
 
 
-def file_hash(file: Path, name: str) -> str:
-    """A file's "md5" or "sha256", in hexadecimal digits."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, name).hexdigest()
-
-
-def open_url(url: str, held: int) -> http.client.HTTPResponse:
-    """The server's answer for a file of which the first `held` bytes are here; a server that knows no more of it sends the whole."""
-    headers = {"User-Agent": "CleanAug"}
-    try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers | ({"Range": f"bytes={held}-"} if held else {})), timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # range not satisfiable
-            raise
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
-
-
-def how_to_get(name: str, data_root: str | Path, damaged: Path | None = None) -> str:
-    """The command and the address that get one of ARCHIVES; what is `damaged` must be removed before, or it would be taken for whole."""
-    root = "" if str(data_root) == "data" else f" --data-root {data_root}"
-    target, files = ARCHIVES[name]
-    address = next((url for url, _, _ in files if damaged is not None and damaged.name.startswith(Path(url).stem)), files[0][0])
-    remove = f"remove {damaged} and " if damaged is not None and damaged.exists() else ""
-    return f"{remove}get it with python common.py --download {name}{root}, or unpack {address} in {Path(data_root) / target}"
+def how_to_get(name: str, data_root: str | Path) -> str:
+    """The command and the address that get a data set."""
+    root = f" --data-root {data_root}" * (str(data_root) != "data")
+    unpack = f", or unpack {ZENODO}{ARCHIVES[name][0][0]} there" if name in ARCHIVES else ""
+    return f"get it with python common.py --download {name}{root}{unpack}"
 
 
 def fetch(name: str, data_root: str | Path) -> Path:
-    """Download and unpack what is missing of one of ARCHIVES, and return its folder. An archive is removed once it is unpacked. InputError for
-    what cannot be had: what was downloaded so far waits for the next call."""
-    target, files = ARCHIVES[name]
-    directory = Path(data_root) / target
-    for url, md5, members in files:
-        if all((directory / member).exists() or (name == "mnist" and mnist_file(member, data_root).is_file()) for member in members):
+    """Download and unpack what is missing of a data set, and return its folder. An archive is checked before
+    it is unpacked, and removed after it. InputError for what cannot be had: what came so far waits."""
+    if name in TORCHVISION:
+        read_published(name, True, data_root, download=True)
+        return Path(data_root)
+    directory = Path(data_root) / (name if name == "imagenet-c" else "")
+    for address, md5, member in ARCHIVES[name]:
+        if (directory / member).exists():
             continue
-        packed = Path(url).name not in members
+        file = download(ZENODO + address, directory / Path(address).name, md5)
+        waiting = directory / f".{file.name}.unpacking"
         try:
-            file = download(url, directory / Path(url).name, md5=md5)
-        except InputError as error:
-            raise InputError(f"{directory / members[0]} is missing: {error}") from error
-        if packed:
-            unpack(file, directory, members)
-            file.unlink()
-    return directory / files[0][2][0] if len(files) == 1 else directory
-
-
-def unpack(archive: Path, directory: Path, members: list[str]) -> None:
-    """Unpack a tar (gzipped or not) or zip archive of these folders into `directory`, where they appear whole or not at all. InputError, naming the
-    member, for one that holds anything but files and directories inside these folders, or far more than its own size, before anything is written;
-    and for a damaged one."""
-    import gzip
-    import tarfile
-    import zipfile
-
-    waiting = directory / f".{archive.name}.unpacking"
-    most = 10 * archive.stat().st_size + 2**20  # of what the published ones hold: at most 4 times their own size (MNIST-C)
-    try:
-        is_zip = zipfile.is_zipfile(archive)
-        with open(archive, "rb") as stream:
-            is_gzip = not is_zip and stream.read(2) == b"\x1f\x8b"
-        if is_gzip:  # tarfile reads long names whole: to look through the archive would do
-            held = 0
-            with gzip.open(archive) as stream:
-                while chunk := stream.read(2**20):
-                    held += len(chunk)
-                    if held > most:
-                        raise InputError(f"{archive} unpacks to more than {most:,} bytes: nothing was unpacked; remove the archive")
-        with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive, "r:gz" if is_gzip else "r:") as opened:
-            held = 0
-            for member in opened.infolist() if is_zip else opened:
-                name, size = (member.filename, member.file_size) if is_zip else (member.name, member.size)
-                inside = os.path.normpath(name).split(os.sep)[0] in members and ".." not in Path(name).parts
-                kind = member.external_attr >> 28 if is_zip else 0  # of a zip's member made on Unix: 8 a file, 4 a directory, 10 a link
-                plain = kind in (0, 4, 8) if is_zip else (member.isfile() or member.isdir()) and not member.issparse()
-                if not inside or not plain:
-                    allowed = f"{members[0]}/" if len(members) == 1 else f"one of {', '.join(members)}"
-                    raise InputError(f"{archive} holds {name!r}, which is no file in {allowed}: nothing was unpacked; remove the archive")
-                held += size
-                if size < 0 or held > most:  # before tarfile looks for the next one behind it
-                    raise InputError(f"{archive} holds {name!r} of {size:,} bytes, too many for it: nothing was unpacked; remove the archive")
-            free = shutil.disk_usage(directory).free
-            if held > free:
-                raise InputError(f"{archive} holds {held:,} bytes, but {directory} has room for {free:,}: make room, and the same command goes on")
             shutil.rmtree(waiting, ignore_errors=True)
-            opened.extractall(waiting, **({"filter": "data"} if not is_zip and hasattr(tarfile, "data_filter") else {}))  # since Python 3.11.4
-        for member in members:
-            if not (directory / member).exists():  # some were there before
-                os.replace(waiting / member, directory / member)
-    except InputError:
-        raise
-    except Exception as error:  # of the archive, its compression, the disk: each library has errors of its own
-        raise InputError(f"{archive} cannot be unpacked ({error}): remove it, and get it again") from error
-    finally:
-        shutil.rmtree(waiting, ignore_errors=True)
+            shutil.unpack_archive(file, waiting)
+            for inner in sorted(waiting.iterdir(), key=lambda inner: inner.name == member):  # that last
+                if not (directory / inner.name).exists():
+                    os.replace(inner, directory / inner.name)
+            file.unlink()
+        except Exception as error:  # of the archive, its compression, the disk
+            raise InputError(f"{file} cannot be unpacked ({error}): make room, or remove it") from error
+        finally:
+            shutil.rmtree(waiting, ignore_errors=True)
+    return directory / ARCHIVES[name][0][2] if len(ARCHIVES[name]) == 1 else directory
 
 
-class PickledArray:
-    """What a pickle says of an array, none of which numpy is trusted with: it would follow pointers in the bytes of an object array."""
-
-    def __init__(self, *content: object):
-        self.content = content
-
-    def __setstate__(self, state: object) -> None:
-        if isinstance(state, tuple) and len(state) == 5:  # of an array: version, shape, type, Fortran order, bytes
-            self.content = (state[4], state[2], state[1], state[3])
-
-    def pixels(self) -> np.ndarray:
-        """The array, if it is of uint8."""
-        content, kind, shape, fortran = self.content
-        if not isinstance(kind, PickledArray) or kind.content[0] not in ("u1", "uint8"):
-            raise ValueError("its data is not uint8")
-        content = content.encode("latin1") if isinstance(content, str) else content  # pickled by Python 2
-        return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran in (True, "F") else "C").copy()
-
-
-class CifarUnpickler(pickle.Unpickler):
-    """Unpickles dicts, lists and strings, and arrays as PickledArray; whatever else a pickle names is refused, so no code in it is ever run."""
-
-    def find_class(self, module: str, name: str) -> object:
-        if module.startswith("numpy") and name in ("_reconstruct", "_frombuffer", "ndarray", "dtype"):
-            return PickledArray
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 pickles bytes for Python 2
-            return encode_latin1
-        raise pickle.UnpicklingError(f"it names {module}.{name}, and no code is unpickled")
-
-
-def encode_latin1(text: str, *_: object) -> bytes:
-    return text.encode("latin1")
-
-
-def unpickle_cifar(content: bytes) -> dict:
-    """What one of CIFAR's pickles holds. Raises ValueError, before anything is unpickled, for one built to use up memory or time."""
-    made, kept, memo = 0, set(), 0  # tuples made, the numbers they are kept under, how many numbers there are
-    last = ""
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
-        name = opcode.name
-        made += name.startswith("TUPLE")
-        number = memo if name == "MEMOIZE" else argument
-        if "PUT" in name or name == "MEMOIZE":
-            memo += 1
-            kept |= {number} if last.startswith("TUPLE") else set()
-        # CIFAR's pickles take a third of these steps, and have some ten tuples that occur once: to hash one within another within another, each
-        # twice, would take for ever. A large number of a PUT would make the unpickler allocate room for all those below it.
-        strange = name in ("DUP", "FROZENSET") or ("PUT" in name and number > len(content)) or ("GET" in name and number in kept)
-        if strange or made > 40 or count > 2**20:
-            raise ValueError(f"{name} at step {count}: not as CIFAR is pickled")
-        last = name
-    return CifarUnpickler(io.BytesIO(content), encoding="latin1").load()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# As a program
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------- As a program ----------
 
 
 def main() -> None:
+    names = (*TORCHVISION, *ARCHIVES, *PUBLISHED_WEIGHTS)
     parser = Parser(description=__doc__.split("\n\n")[-1].strip())
-    parser.add_argument("run_dirs", nargs="*", metavar="RUN_DIR", help="directories of finished runs: print their results, mean ± std over seeds")
-    parser.add_argument("--by", action="append", default=[], metavar="SETTING", help="rows by this setting too, as args.json names it, for example M")
-    parser.add_argument("--train-weights", metavar="MODEL", help="train this classifier on digits and write weights/digits-MODEL.pt")
-    parser.add_argument("--contact-sheet", metavar="PNG", help="draw every corruption at every severity")
-    names = (*ARCHIVES, *PUBLISHED_WEIGHTS)
-    parser.add_argument(
-        "--download",
-        type=lambda name: name if name in names else name.lower().replace("cifar-", "cifar"),  # CIFAR-10-C is cifar10-c
-        choices=names,
-        metavar="NAME",
-        help=f"get a data set or a checkpoint: {', '.join(names)}",
-    )
-    parser.add_argument("--data-root", default="data", metavar="DIR", help="where --download unpacks a data set")
+    add = parser.add_argument
+    add("run_dirs", nargs="*", metavar="RUN_DIR", help="finished runs: print mean ± std over their seeds")
+    add("--by", action="append", default=[], metavar="SETTING", help="rows by this setting too, such as M")
+    add("--train-weights", metavar="MODEL", help="train this classifier on digits: weights/digits-MODEL.pt")
+    add("--download", choices=names, metavar="NAME", help=f"get one of {', '.join(names)}")
+    add("--data-root", default="data", metavar="DIR", help="where the data sets lie")
     args = parser.parse_args()
     if args.download in PUBLISHED_WEIGHTS:
         print(published_file(args.download, Machine(torch.device("cpu"))))
     elif args.download:
         print(f"{fetch(args.download, args.data_root)} is there")
-    elif args.contact_sheet:
-        contact_sheet(args.contact_sheet)
     elif args.train_weights:
-        machine = start_machine()
-        model = train_classifier(args.train_weights, machine)
-        file = WEIGHTS / f"digits-{args.train_weights}.pt"
+        machine, file = start_machine(), WEIGHTS / f"digits-{args.train_weights}.pt"
+        model = train_classifier(args.train_weights, "digits", machine, args.data_root)
         save_atomically(model.state_dict(), file)
-        test = evaluate(model, *load_split("digits", "test"), machine)
-        print(f"{file}: {test['top1_accuracy']:.2f} % of the 600 clean test digits, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}")
+        test = evaluate([model], Images(*load_split("digits", "test", args.data_root), machine))[0]
+        print(f"{file}: {test['top1_accuracy']:.2f} % of the 600 clean test digits")
     elif args.run_dirs:
         print(table(args.run_dirs, args.by))
     else:

@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,15 +22,26 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
 
-def run_script(*command: object, expect: int = 0, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    """Run `python COMMAND…` in the repository (or in `cwd`) as a user does, and return the finished process."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=900, env=os.environ | environment)
+def run_script(
+    *command: object, expect: int = 0, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run `python COMMAND…` in the repository (or in `cwd`) as a user does, and return the finished
+    process."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=os.environ | environment,
+    )
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
 def run_here(script: str, *flags: object, cwd: Path = ROOT) -> str:
-    """`python SCRIPT.py FLAGS…` in this process, which spares the imports: returns what it printed, raises what its main() raises."""
+    """`python SCRIPT.py FLAGS…` in this process, which spares the imports: returns what it printed, raises
+    what its main() raises."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
@@ -59,7 +70,9 @@ def state_of(directory: Path) -> dict:
 
 
 def assert_equal_weights(first: dict, second: dict) -> None:
-    assert first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
+    assert first.keys() == second.keys() and all(
+        torch.equal(value, second[key]) for key, value in first.items()
+    )
 
 
 def contents(directory: Path) -> dict:
@@ -73,9 +86,14 @@ def check(line: str, script: str, names: tuple) -> None:
 
 
 def refused(directory: Path, script: str, *flags: object, names: tuple = ()) -> str:
-    """Run the script, here, which must be refused in one line that holds all of `names` and must leave `directory` as it is; returns the line."""
+    """Run the script, here, which must be refused in one line that holds all of `names` and must leave
+    `directory` as it is; returns the line."""
     before, main = contents(directory), importlib.import_module(script.removesuffix(".py")).main
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as stopped:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stderr(io.StringIO()) as said,
+        pytest.raises(SystemExit) as stopped,
+    ):
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", [script, *map(str, flags)])
         common.run_script(main)
@@ -85,30 +103,12 @@ def refused(directory: Path, script: str, *flags: object, names: tuple = ()) -> 
     return said.getvalue()
 
 
-@pytest.fixture
-def refuses_here(tmp_path, monkeypatch, capfd):
-    """As `refused` without a new process: refuses(main, script, *flags, names=…) looks at tmp_path."""
-
-    def refuses(main: Callable, *command: object, names: tuple = ()) -> str:
-        before = contents(tmp_path)
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        with pytest.raises(SystemExit) as stopped:
-            common.run_script(main)
-        assert stopped.value.code == 2
-        line = capfd.readouterr().err
-        check(line, command[0], names)
-        assert contents(tmp_path) == before
-        return line
-
-    return refuses
-
-
 CONTENT = bytes(range(256)) * 20_000  # 5 MB
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves CONTENT as /file; under /broken the first answer ends after 2 MB; under /whole ranges are ignored; each request's range is kept."""
+    """Serves CONTENT as /file; under /broken the first answer ends after 2 MB; under /whole ranges are
+    ignored; each request's range is kept."""
 
     asked: list = []
     archives: dict = {}  # further paths and their bytes
@@ -119,7 +119,11 @@ class Handler(BaseHTTPRequestHandler):
         Handler.asked.append((self.path, wanted))
         if self.path not in ("/file", "/broken", "/whole", *Handler.archives):
             return self.send_error(404)
-        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and not self.path.startswith("/whole") else 0
+        start = (
+            int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if wanted and not self.path.startswith("/whole")
+            else 0
+        )
         if start >= len(content):
             return self.send_error(416)
         self.send_response(206 if start else 200)
@@ -139,7 +143,9 @@ def address() -> Iterator[str]:
     """A server on this machine (Handler)."""
     Handler.asked = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()  # looks that often (s) whether it should stop
+    threading.Thread(
+        target=server.serve_forever, args=(0.05,), daemon=True
+    ).start()  # looks that often (s) whether it should stop
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()

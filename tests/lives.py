@@ -1,8 +1,9 @@
-"""Run a script again and again, killing it with SIGKILL at random moments: python lives.py SCRIPT SEED KILLS FLAGS… (with --run-dir among them).
+"""Run a script again and again, killing it with SIGKILL at random moments: lives.py SCRIPT SEED KILLS FLAGS…
 
-Every life is a fork of one process that has imported everything, so that none is spent on importing. Saving is slowed down, and every fourth time
-the moment is that of writing a checkpoint. The run's directory is DIR-0; where it finished before it was killed often enough, DIR-1 is next,
-and so on. The last line printed is JSON: the directories, how often each was killed, and how many of the kills left a half-written checkpoint.
+Every life is a fork of one process that has imported everything, so that none is spent on importing. Writing is
+slowed down, and every fourth time the moment is that of writing a checkpoint. The run's directory is that of
+--run-dir with -0 behind it; where it finished before it was killed often enough, -1 is next, and so on. The last
+line printed is JSON: the directories, how often each was killed, how many kills left a half-written checkpoint.
 """
 
 import importlib
@@ -15,21 +16,21 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common  # noqa: E402
 
 
-def slow_save(content: object, stream: io.IOBase, save=torch.save) -> None:
-    whole = io.BytesIO()
-    save(content, whole)
-    half = len(whole.getvalue()) // 2
-    stream.write(whole.getvalue()[:half])
-    stream.flush()
-    time.sleep(0.15)
-    stream.write(whole.getvalue()[half:])
+class SlowFile(io.FileIO):
+    def write(self, content: bytes) -> int:
+        half = len(content) // 2
+        super().write(content[:half])
+        time.sleep(0.15)
+        return half + super().write(content[half:])
+
+
+def slow_open(file: str | Path, mode: str = "r", **more: object) -> io.IOBase:
+    return SlowFile(file, "w") if mode == "wb" else open(file, mode, **more)
 
 
 def live(script: str, flags: list[str]) -> None:
@@ -37,7 +38,7 @@ def live(script: str, flags: list[str]) -> None:
     log = os.open("/dev/null", os.O_WRONLY)
     os.dup2(log, 1)
     sys.argv = [f"{script}.py", *flags]
-    common.torch.save = slow_save
+    common.open = slow_open
     common.run_script(importlib.import_module(script).main)
 
 

@@ -2,88 +2,77 @@
 
 import csv
 import json
-import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import formats
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refused, results_of, run_here, run_script, without_times
+from conftest import (
+    ROOT,
+    assert_equal_weights,
+    refused,
+    results_of,
+    run_here,
+    run_script,
+    state_of,
+    without_times,
+)
 from PIL import Image
 
 import common
 import gretta
 
 # 170 images to evaluate on, 7 steps an epoch
-SMALL = ("--target-split", "val", "--proportion", "0.9", "--batch-size", "240", "--num-samples", "1", "--epochs", "2", "--checkpoint-every", "1")
+SMALL = ("--target-split", "val", "--proportion", 0.9, "--batch-size", 240, "--num-samples", 1, "--epochs", 2)
+RESNEXT, STUDENT = common.WEIGHTS / "digits-resnext.pt", common.WEIGHTS / "digits-resnext-student.pt"
 
 
 def log_of(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
 
 
-def policy_of(directory: Path) -> dict:
-    return torch.load(directory / "checkpoint.pt", weights_only=True)["state_dict"]
+def classifier() -> torch.nn.Module:
+    return common.load_weights(common.build_model("resnext", 10, "digits"), RESNEXT).eval()
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """One small run that several tests look at, in a process of its own."""
     directory = tmp_path_factory.mktemp("runs") / "run"
-    run_script("gretta.py", "--model", "resnext", "--est", "vanilla", *SMALL, "--run-dir", directory, "--seed", 3)
+    run_script("gretta.py", *SMALL, "--checkpoint-every", 1, "--run-dir", directory, "--seed", 3)
     return directory
 
 
-def test_a_run_writes_what_the_readme_says(run):
+def test_a_run_writes_what_is_promised(run):
     results, arguments, log = results_of(run), json.loads((run / "args.json").read_text()), log_of(run)
-    expected = {"script": "gretta", "dataset": "digits", "model": "resnext", "method": "vanilla", "seed": 3, "n_train": 1773, "n_eval": 170}
-    expected |= {"transform": "geometry", "train_on": "target", "proportion": 0.9, "queries": 2 * 7 * 240 * 2, "queries_distillation": 0}
-    assert {key: results[key] for key in expected} == expected
+    expected = {"script": "gretta", "dataset": "digits", "model": "resnext", "method": "vanilla", "seed": 3}
+    expected |= {"n_train": 1773, "n_eval": 170, "transform": "geometry", "train_on": "target"}
+    expected |= {"proportion": 0.9, "queries": 2 * 7 * 240 * 2, "queries_distillation": 0}
+    assert {key: results[key] for key in expected} == expected and "modified digits" in results["protocol"]
     assert set(results["accuracy"]) == {"none", "five_crop", "ten_crop", "bn_adapt", "gretta"}
-    assert all(0 <= value <= 100 and value * 1.7 == pytest.approx(round(value * 1.7)) for value in results["accuracy"].values())  # of 170 images
-    assert (
-        results["wall_seconds"] > 0
-        and results["peak_memory_mb"] > 100
-        and "modified digits" in results["protocol"]
-        and results["device"].startswith("cpu")
-    )
-    assert (
-        arguments["lr"] == 5e-4
-        and arguments["opt"] == "adam"
-        and arguments["world_size"] == 1
-        and arguments["versions"]["torch"] == torch.__version__.split("+")[0]
-    )
-    assert [entry["epoch"] for entry in log if "epoch" in entry] == [1, 2]
-    assert all({"step", "loss", "accuracy", "queries"} <= entry.keys() for entry in log[:-1])
-    assert log[-2]["queries"] == results["queries"] and log[-1]["test_gretta"] == results["accuracy"]["gretta"]
+    assert arguments["lr"] == 5e-4 and arguments["opt"] == "adam" and results["wall_seconds"] > 0
+    epochs = [entry for entry in log if "epoch" in entry]
+    assert [entry["epoch"] for entry in epochs] == [1, 2] and epochs[1]["queries"] == results["queries"]
+    assert log[-1]["test_gretta"] == results["accuracy"]["gretta"]
     assert (run / "gretta.py").read_bytes() == (ROOT / "gretta.py").read_bytes()
-    assert list(run.glob("events.out.tfevents.*"))
-    for name, size in (("examples.png", (1040, 1400)), ("curves.png", (1000, 400))):
+    for name in ("examples.png", "curves.png"):
         with Image.open(run / name) as picture:
-            assert picture.size == size and len(picture.convert("RGB").getcolors(2**20)) > 50
+            assert len(picture.convert("RGB").getcolors(2**20)) > 50
 
 
 def test_figures_in_results_are_those_of_the_saved_policy(run):
     """The accuracy without and with the policy, computed here from the checkpoint."""
-    _, _, images, labels, _ = gretta.target_domain("val", 0.9, "data")
-    classifier = common.load_weights(common.build_model("resnext", 10, "digits"), common.WEIGHTS / "digits-resnext.pt").eval()
+    where = {"data_root": "data", "machine": common.Machine(torch.device("cpu")), "split": "val"}
+    sets = gretta.target_sets("digits", 0.9, "ones", workers=0, dry_run=False, **where)
+    images, labels = sets.tests["target", 0]().tensors()
     policy = common.load_weights(gretta.Policy("resnet18", 4, False, "zero"), run / "checkpoint.pt").eval()
     with torch.no_grad():
         images = common.to_float(images)
-        none = (classifier(images).argmax(1) == labels).double().mean() * 100
-        with_policy = (classifier(gretta.transform_images(images, policy(images), "geometry")).argmax(1) == labels).double().mean() * 100
-    accuracy = results_of(run)["accuracy"]
-    assert accuracy["none"] == pytest.approx(none.item(), abs=0.6) and accuracy["gretta"] == pytest.approx(with_policy.item(), abs=0.6)
-
-
-@pytest.mark.slow
-def test_the_same_seed_gives_the_same_results(run, tmp_path):
-    run_here("gretta", *SMALL, "--run-dir", tmp_path / "again", "--seed", 3)
-    assert without_times(results_of(tmp_path / "again")) == without_times(results_of(run))
-    assert all(torch.equal(value, policy_of(run)[key]) for key, value in policy_of(tmp_path / "again").items())
+        moved = gretta.transform_images(images, policy(images), "geometry")
+        for name, shown in (("none", images), ("gretta", moved)):
+            accuracy = 100 * (classifier()(shown).argmax(1) == labels).double().mean().item()
+            assert results_of(run)["accuracy"][name] == pytest.approx(accuracy, abs=0.6)
 
 
 def test_evaluate_repeats_the_accuracy_and_applies_more_steps(run, tmp_path):
@@ -91,223 +80,161 @@ def test_evaluate_repeats_the_accuracy_and_applies_more_steps(run, tmp_path):
     run_here("gretta", "--evaluate", "--run-dir", run)
     assert results_of(run) == before  # the times too are those of the run
     assert sum("test_gretta" in line for line in log_of(run)) == 1
-    run_here("gretta", "-e", "True", "--weights-policy", run / "checkpoint.pt", *SMALL, "--steps", 2, "--run-dir", tmp_path / "two")
-    refuse = (("--target-split", "test"), ("--steps", 2), ("--dry-run",), ("--proportion", 0.5), ("--est", "whitebox"), ("--seed", 4))
-    refuse += (("--weights", ROOT / "weights/digits-resnext.pt"),)  # the run's own were not named
-    for flags in refuse:  # the run's results are its own
-        refused(run, "gretta.py", "--evaluate", "--run-dir", run, *flags, names=(f"{flags[0]} ", "would overwrite the results of", run))
-    refused(run, "gretta.py", "-e", "--weights-policy", run / "checkpoint.pt", *SMALL, "--sigmoid", names=("--sigmoid was False",))
-    lower = run_here("gretta", *SMALL, "--seed", 3, "--resume", "--run-dir", run, "--lr", 1e-5)  # as is advised where a loss is not finite
-    assert "holds a finished run" in lower
+    for flags in (("--target-split", "test"), ("--steps", 2), ("--est", "whitebox"), ("--weights", RESNEXT)):
+        refused(run, "gretta.py", "--evaluate", "--run-dir", run, *flags, names=(f"{flags[0]} ", run))
+    again = run_here("gretta", "--resume", "--run-dir", run, "--lr", 1e-5)
+    assert "five_crop" in again and results_of(run) == before
+    policy = ("--weights-policy", run / "checkpoint.pt", *SMALL, "--steps", 2, "--run-dir", tmp_path / "two")
+    run_here("gretta", "-e", "True", *policy)
     accuracy = results_of(tmp_path / "two")["accuracy"]
     assert accuracy["gretta_1"] == before["accuracy"]["gretta"] and accuracy["gretta_2"] == accuracy["gretta"]
 
 
 def test_predict_a_folder_of_pictures(run, tmp_path):
-    """Ten pictures of any size and kind: the csv's classes and confidences are the classifier's on the pictures saved beside each other."""
-    folder = tmp_path / "pictures"
+    """Pictures of any size and kind: the csv's answers are the classifier's on the pictures beside it."""
+    folder, images = tmp_path / "pictures", common.load_split("digits", "test")[0]
     folder.mkdir()
-    images, _ = common.load_split("digits", "test")
-    for i in range(10):
-        picture = Image.fromarray(images[i].permute(1, 2, 0).numpy())
-        picture.resize((32 + 8 * i, 32 + 4 * i)).convert("L" if i % 2 else "RGB").save(folder / f"{i}.{'jpg' if i % 3 else 'png'}")
-    (folder / "notes.txt").write_text("no picture")
+    for i in range(6):
+        picture = Image.fromarray(images[i].permute(1, 2, 0).numpy()).resize((32 + 8 * i, 32 + 4 * i))
+        picture.convert("L" if i % 2 else "RGB").save(folder / f"{i}.{'jpg' if i % 3 else 'png'}")
     before = {file: file.read_bytes() for file in run.iterdir() if file.is_file()}
-    text = run_here("gretta", "--predict", folder, "--run-dir", run, "--data-root", tmp_path / "none")  # it takes no data set
-    assert "10 pictures" in text and {file: file.read_bytes() for file in before} == before  # and evaluates nothing
-    with open(run / "predictions.csv") as stream:
-        rows = list(csv.DictReader(stream))
-    assert [row["file"] for row in rows] == sorted(file.name for file in folder.iterdir() if file.suffix != ".txt")
-    classifier = common.load_weights(common.build_model("resnext", 10, "digits"), common.WEIGHTS / "digits-resnext.pt").eval()
+    run_here("gretta", "--predict", folder, "--run-dir", run, "--data-root", tmp_path)  # it needs no data set
+    assert {file: file.read_bytes() for file in before} == before and (run / "predictions.png").is_file()
+    rows = list(csv.DictReader((run / "predictions.csv").read_text().splitlines()))
+    assert [row["file"] for row in rows] == sorted(file.name for file in folder.iterdir())
     for row in rows:
         for state, name in (("before", "original"), ("after", "transformed")):
             with Image.open(run / "predictions" / f"{row['file']}-{name}.png") as picture:
-                pixels = torch.from_numpy(__import__("numpy").array(picture)).permute(2, 0, 1)[None]
-            confidence, label = classifier(common.to_float(pixels)).softmax(1).max(1)
-            assert int(row[f"class_{state}"]) == label.item() and float(row[f"confidence_{state}"]) == pytest.approx(confidence.item(), abs=2e-3)
-    assert (run / "predictions.png").is_file() and sorted(file.name for file in folder.iterdir())[0] == "0.png"
-    run_here("gretta", "--predict", folder, "--weights-policy", run / "checkpoint.pt", "--run-dir", tmp_path / "own")
-    assert (tmp_path / "own/predictions.csv").read_text() == (run / "predictions.csv").read_text() and (tmp_path / "own/args.json").is_file()
-    assert not (tmp_path / "own/results.json").exists()
+                pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+            confidence, label = classifier()(common.to_float(pixels)).softmax(1).max(1)
+            assert int(row[f"class_{state}"]) == label.item()
+            assert float(row[f"confidence_{state}"]) == pytest.approx(confidence.item(), abs=2e-3)
+    run_here(
+        "gretta", "--predict", folder, "--weights-policy", run / "checkpoint.pt", "--run-dir", tmp_path / "1"
+    )
+    assert (tmp_path / "1/predictions.csv").read_text() == (run / "predictions.csv").read_text()
 
 
-@pytest.mark.parametrize("est, transform, extra", [("vanilla", "full", ["--sigmoid", "--opt", "rmsprop"]), ("surrogate", "geometry", ["--alpha", "0.2"]), ("surrogate", "color", ["--reg", "test"]), ("whitebox", "full", ["--reg", "gaussian_noise", "--opt", "sgd"]), ("whitebox", "color", ["--init", "stochastic", "--model", "wideresnet"])])  # fmt: skip
-def test_each_estimator_and_transform_set(est, transform, extra, tmp_path):
-    run_here("gretta", "--dry-run", "--est", est, "--transform", transform, *extra, "--run-dir", tmp_path / "run")
-    results = results_of(tmp_path / "run")
-    assert results["method"] == est and results["transform"] == transform and results["n_eval"] == 64
-    assert results["queries"] == 24 * (1 if est == "whitebox" else 4)
-    assert (tmp_path / "run/examples.png").is_file() and (tmp_path / "run/curves.png").is_file()
-    head = policy_of(tmp_path / "run")["backbone.fc.weight"]
-    assert head.shape[0] == len(gretta.TRANSFORM_SETS[transform]) and head.abs().sum() > 0  # it learned something
-
-
-def test_policy_backbones_run(tmp_path):
-    run_here("gretta", "--dry-run", "--policy", "efficientnet-b0", "--run-dir", tmp_path / "run")
-    assert results_of(tmp_path / "run")["policy"] == "efficientnet-b0"
-
-
-def test_augmented_training_is_tested_on_every_corruption(tmp_path):
-    run_here("gretta", "--dry-run", "--train-on", "augmented", "--run-dir", tmp_path / "run")
-    results = results_of(tmp_path / "run")
-    assert list(results["corruptions"]) == [*common.CORRUPTIONS, "mean"] and results["n_eval"] == 75
-    errors = [results["corruptions"][name]["none"] for name in common.CORRUPTIONS]
-    assert results["corruptions"]["mean"]["none"] == pytest.approx(sum(errors) / 15)
-    assert 100 - results["accuracy"]["none"] == pytest.approx(sum(errors) / 15) and "digits-C" in results["protocol"]
-
-
-def test_a_missing_student_is_distilled_from_the_classifiers_outputs(tmp_path):
-    """With one's own --weights there is no student at hand: its phase runs, is counted apart, and is kept in the run's directory."""
-    torch.save(torch.load(common.WEIGHTS / "digits-resnext.pt", weights_only=True), tmp_path / "own.pt")
-    run_here("gretta", "--dry-run", "--est", "surrogate", "--weights", tmp_path / "own.pt", "--run-dir", tmp_path / "run")
-    results = results_of(tmp_path / "run")
-    assert results["queries_distillation"] == 1000 and results["queries"] == 96
-    common.load_weights(common.build_model("student", 10, "digits"), tmp_path / "run/student.pt")
+@pytest.mark.parametrize(
+    "est, transform, extra",
+    [
+        ("vanilla", "full", ["--sigmoid", "--opt", "rmsprop"]),
+        ("surrogate", "color", ["--reg", "test", "--amp", "--num_samples", 2]),
+        ("whitebox", "full", ["--reg", "gaussian_noise", "--opt", "sgd", "--policy", "efficientnet-b0"]),
+        ("vanilla", "geometry", ["--train-on", "augmented", "--reg", "test", "--model", "wideresnet"]),
+    ],
+)
+def test_each_estimator_and_transform_set(est, transform, extra, tmp_path, monkeypatch):
+    """The policy learns something, and mixed precision is for the networks, not for the transforms."""
+    seen, apply = [], gretta.transform_images
+    watch = lambda *arguments: seen.append(torch.is_autocast_enabled("cpu")) or apply(*arguments)
+    monkeypatch.setattr(gretta, "transform_images", watch)
+    run_here("gretta", "--dry-run", "--est", est, "--transform", transform, *extra, "--run-dir", tmp_path)
+    results, policy = results_of(tmp_path), state_of(tmp_path)["policy"]
+    assert results["queries"] == 24 * (1 if est == "whitebox" else 4) and len(seen) > 3 and not any(seen)
+    head = policy.get("backbone.fc.weight", policy.get("backbone._fc.weight"))
+    assert len(head) == len(gretta.TRANSFORM_SETS[transform]) and head.abs().sum() > 0
+    if "augmented" in extra:
+        table = results["corruptions"]
+        assert list(table) == [*common.CORRUPTIONS, "mean"] and results["n_eval"] == 75
+        mean = sum(table[name]["none"] for name in common.CORRUPTIONS) / 15
+        assert 100 - results["accuracy"]["none"] == pytest.approx(mean) == table["mean"]["none"]
 
 
 @pytest.mark.parametrize("est", ["vanilla", "surrogate"])
 def test_the_classifier_is_a_black_box_and_queries_are_what_it_was_shown(est, tmp_path, monkeypatch):
-    """The classifier, wrapped: no call ever has a gradient, and the images shown outside of evaluation equal `queries`."""
-    shown = {"training": 0, "evaluation": 0}
-    phase = ["training"]
+    """No call of it ever has a gradient, and the images it is shown to train the policy are `queries`."""
+    shown, ask = [], gretta.BlackBox.__call__
 
-    class Watched(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
+    def watched(black_box: gretta.BlackBox, images: torch.Tensor) -> torch.Tensor:
+        logits = ask(black_box, images)
+        if not black_box.whitebox:  # not the student
+            assert not images.requires_grad and not logits.requires_grad
+            shown.append(len(images))
+        return logits
 
-        def forward(self, images):
-            assert not images.requires_grad and not torch.is_grad_enabled()
-            shown[phase[0]] += len(images)
-            logits = self.model(images)
-            assert not logits.requires_grad
-            return logits
+    monkeypatch.setattr(gretta.BlackBox, "__call__", watched)
+    flags = ("--weights", RESNEXT, "--student", STUDENT, "--num-samples", 2, "--epochs", 1, "--est", est)
+    run_here("gretta", *SMALL[:4], "--batch-size", 500, *flags, "--run-dir", tmp_path)
+    assert sum(shown) == results_of(tmp_path)["queries"] == 3 * 500 * 4
 
-    def not_training(function):
-        def wrapped(*arguments, **keywords):
-            phase[0] = "evaluation"
-            try:
-                return function(*arguments, **keywords)
-            finally:
-                phase[0] = "training"
 
-        return wrapped
+def test_a_run_that_was_stopped_resumes_exactly(run, tmp_path, monkeypatch):
+    """Within the second epoch: the same weights, results and log as the run that was never stopped."""
+    lives, descend, flags = [9], common.descend, ("--checkpoint-minutes", 1e-9, "--run-dir", tmp_path)
 
-    build, load = common.build_model, common.load_weights
-    monkeypatch.setattr(common, "build_model", lambda name, *rest: Watched(build(name, *rest)) if name == "resnext" else build(name, *rest))
-    monkeypatch.setattr(
-        common, "load_weights", lambda model, file: load(getattr(model, "model", model) if isinstance(model, Watched) else model, file)
-    )
-    outside = ((gretta, "evaluate_predictors"), (gretta, "draw_examples"), (common, "evaluate"), (common, "check_input_size"))
-    for module, name in (*outside, (common, "forward_chunk")):
-        monkeypatch.setattr(module, name, not_training(getattr(module, name)))
-    directory = tmp_path / "run"
-    arguments = [
-        "gretta.py",
-        "--est",
-        est,
-        "--target-split",
-        "val",
-        "--proportion",
-        "0.9",
-        "--batch-size",
-        "500",
-        "--epochs",
-        "1",
-        "--num-samples",
-        "2",
-    ]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--weights", str(common.WEIGHTS / "digits-resnext.pt"), "--student", str(common.WEIGHTS / "digits-resnext-student.pt"), "--run-dir", str(directory)])  # fmt: skip
-    gretta.main()
-    assert shown["training"] == results_of(directory)["queries"] == 3 * 500 * 4
-    assert shown["evaluation"] > 170 * 18
+    def stopping(*arguments: object) -> None:
+        lives[0] -= 1
+        if lives[0] == 0:
+            raise KeyboardInterrupt
+        descend(*arguments)
+
+    monkeypatch.setattr(common, "descend", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run_here("gretta", *SMALL, "--checkpoint-every", 1, "--seed", 3, *flags)
+    assert state_of(tmp_path)["step"] == 8 and not (tmp_path / "results.json").exists()
+    run_here("gretta", "--resume", *flags)
+    assert without_times(results_of(tmp_path)) == without_times(results_of(run))
+    assert_equal_weights(state_of(tmp_path)["policy"], state_of(run)["policy"])
+    assert log_of(tmp_path) == log_of(run)
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_exactly(run, tmp_path):
-    """SIGKILL after the first checkpoint, then --resume: the same weights, results and log as the run that was never killed."""
-    directory = tmp_path / "killed"
-    command = [sys.executable, "gretta.py", *SMALL, "--run-dir", str(directory), "--seed", "3"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 300
-    while not (directory / "checkpoint.pt").is_file() and time.time() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (directory / "results.json").exists()
-    run_here("gretta", "--resume", "--run-dir", directory)
-    assert without_times(results_of(directory)) == without_times(results_of(run))
-    assert all(torch.equal(value, policy_of(run)[key]) for key, value in policy_of(directory).items())
-    assert [entry for entry in log_of(directory) if "epoch" in entry] == [entry for entry in log_of(run) if "epoch" in entry]
-    again = run_here("gretta", "--resume", "--run-dir", directory)
-    assert "holds a finished run" in again and "five-crop" in again
+def test_processes_share_the_batch_and_give_the_same_policy(tmp_path):
+    """1, 2 and 3 (gloo) with the same global batch agree to 1e-5: small steps, and few, as rounding grows."""
+    flags = ("--batch-size", 500, "--epochs", 1, "--opt", "sgd", "--lr", 1e-3, "--reg", "test", "--run-dir")
+    run_here("gretta", *SMALL, *flags, tmp_path / "1")
+    for count in (2, 3):
+        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, "gretta.py")
+        run_script(*launch, *SMALL, *flags, tmp_path / str(count))
+        one, many = (state_of(tmp_path / str(number))["policy"] for number in (1, count))
+        assert one["backbone.fc.weight"].abs().max() > 5e-4  # from zero, 50 times the tolerance
+        assert max((one[key].double() - many[key].double()).abs().max().item() for key in one) < 1e-5
+        first, second = (results_of(tmp_path / str(number)) for number in (1, count))
+        assert first["queries"] == second["queries"] and first["n_eval"] == second["n_eval"]
+        assert first["accuracy"] == pytest.approx(second["accuracy"], abs=0.6)
 
 
-def test_resume_of_an_empty_directory_starts_afresh_and_says_so(tmp_path):
-    printed = run_here("gretta", "--dry-run", "--resume", "--run-dir", tmp_path)
-    assert "holds no checkpoint: starting afresh" in printed and (tmp_path / "results.json").is_file()
+def test_chexpert_is_scored_by_auroc(tmp_path):
+    formats.make_chexpert(tmp_path / "data")
+    model = common.build_model("resnet18", 5, "chexpert")
+    torch.save(model.state_dict(), tmp_path / "resnet18.pt")
+    flags = ("--dataset", "chexpert", "--data-root", tmp_path / "data", "--uncertain", "ignore", "--dry-run")
+    flags += ("--model", "resnet18", "--weights", tmp_path / "resnet18.pt", "--batch-size", 4)
+    run_here("gretta", *flags, "--run-dir", tmp_path / "run")
+    results = results_of(tmp_path / "run")
+    values = [figures["gretta"] for figures in results["auroc"].values()]
+    assert set(results["auroc"]) <= {*gretta.FINDINGS} and results["metric"] == "mean AUROC"
+    assert results["accuracy"]["gretta"] == pytest.approx(sum(values) / len(values))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_share_the_batch_and_give_the_same_policy(processes, tmp_path):
-    """torchrun (gloo) with the same global batch: the policy of one process to 1e-5; batch norm sees the statistics of the global batch."""
-    # Small steps, and few: rounding differs between sums over ranks, and larger steps amplify it about tenfold each.
-    flags = ["--target-split", "val", "--proportion", "0.9", "--batch-size", "500", "--num-samples", "1", "--epochs", "1", "--opt", "sgd", "--lr", "1e-3"]  # fmt: skip
-    run_here("gretta", *flags, "--run-dir", tmp_path / "one")
-    run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "gretta.py", *flags, "--run-dir", tmp_path / "many", OMP_NUM_THREADS="1")  # fmt: skip
-    one, many = policy_of(tmp_path / "one"), policy_of(tmp_path / "many")
-    assert one["backbone.fc.weight"].abs().max() > 5e-4  # from zero, 50 times the tolerance
-    assert max((one[key].double() - many[key].double()).abs().max().item() for key in one) < 1e-5
-    first, second = results_of(tmp_path / "one"), results_of(tmp_path / "many")
-    assert (
-        first["queries"] == second["queries"]
-        and first["n_eval"] == second["n_eval"]
-        and first["accuracy"] == pytest.approx(second["accuracy"], abs=0.6)
-    )
+MISTAKES = {
+    ("--proportion", 1): ("--proportion", "1"),
+    ("--batch-size", 1): ("--batch-size 1 ",),
+    ("--batch-size", 2, "--proportion", 0.0001): ("--batch-size", "--proportion", "1 image"),
+    ("--model", "nonsense"): ("nonsense", "resnext"),
+    ("--model", "vit_b_16", "--dataset", "fake"): ("32 px",),
+    ("--load-conf", ROOT / "README.md"): ("README.md",),
+    ("--weights", STUDENT): (STUDENT, "missing", "unexpected"),
+    ("--est", "surrogate", "--student", RESNEXT): (RESNEXT, "missing"),
+    ("--evaluate", "--weights-policy", RESNEXT): (RESNEXT, "missing"),
+    ("--evaluate",): ("checkpoint.pt", "--run-dir", "--weights-policy"),
+    ("--predict", ROOT / "weights", "--weights-policy", RESNEXT): ("--predict", "no pictures"),
+    ("--export", "policy.pt"): ("--export", ".pt2"),
+    ("--data-root", ROOT / "tests"): ("digits.npz", "--data-root"),
+}
 
 
-def test_mixed_precision_and_both_spellings(tmp_path):
-    run_here("gretta", "--dry-run", "--amp", "--num_samples", 1, "--run_dir", tmp_path / "run")
-    assert results_of(tmp_path / "run")["queries"] == 48 and json.loads((tmp_path / "run/args.json").read_text())["amp"] is True
+@pytest.mark.parametrize(
+    "flags", MISTAKES, ids=lambda flags: " ".join(map(str, flags)).replace(f"{ROOT}/", "")
+)
+def test_natural_mistakes(flags, tmp_path):
+    refused(tmp_path, "gretta.py", "--dry-run", "--run-dir", tmp_path / "run", *flags, names=MISTAKES[flags])
 
 
-def test_a_diverging_run_stops_and_keeps_the_last_checkpoint(tmp_path):
-    done = run_script("gretta.py", *SMALL, "--beta", "1e38", "--opt", "sgd", "--run-dir", tmp_path / "run", expect=2)
-    assert done.stderr.rstrip().splitlines()[-1].startswith("gretta.py: error: the loss is not finite at step 7 ")
-    assert not (tmp_path / "run/results.json").exists()
-
-
-def test_mixed_precision_is_for_the_networks_not_for_the_transforms(tmp_path, monkeypatch):
-    """In training, in the regulariser and in evaluation alike; bfloat16 coordinates would be off by a part of a pixel."""
-    seen, transform = [], gretta.transform_images
-
-    def watched(*arguments: object) -> torch.Tensor:
-        seen.append(torch.is_autocast_enabled("cpu"))
-        return transform(*arguments)
-
-    monkeypatch.setattr(gretta, "transform_images", watched)
-    run_here("gretta", "--dry-run", "--amp", "--device", "cpu", "--reg", "test", "--run-dir", tmp_path / "run")
-    assert len(seen) > 3 and not any(seen)
-
-
-def test_the_readmes_worked_example(tmp_path):
-    """The copy with its new estimator, put together from the README's own blocks: it runs, under its own name, and its smoothed gradient is the mean
-    of true gradients at perturbed levels."""
-    readme = (ROOT / "README.md").read_text().split("## Copy a script and change it")[1]
-    function, line = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[:2]
-    replaced = re.search(r"in place of the line `(.*)`", readme)[1]
-    text = (ROOT / "gretta.py").read_text()
-    assert text.count(replaced) == 1 and text.count("def consistency_loss") == 1
-    text = text.replace(replaced, line.strip()).replace("def consistency_loss", f"{function}\n\ndef consistency_loss")
-    for name in ("common.py", "weights", "data"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "mine.py").write_text(text)
-    flags = ("--est", "whitebox", "--dry-run", "--lr", "5e-4", "--run-dir", tmp_path / "runs" / "mine")
-    run_script("mine.py", *flags, cwd=tmp_path)
-    assert results_of(tmp_path / "runs" / "mine")["script"] == "mine"
-    mine = {}
-    exec(compile("from gretta import *\n" + function, "mine", "exec"), mine)
-    levels, epsilon = torch.rand(3, 4), torch.randn(5, 3, 4)
-    found = mine["smoothed_gradient"](lambda rows, start: rows.pow(3).sum(1), levels, epsilon, 4)
-    torch.testing.assert_close(found, (3 * (levels + epsilon) ** 2).mean(0))
+def test_the_published_configuration_is_translated():
+    source = {"model": "resnext", "augmix": True, "est": "surrogate", "cifar": "cifar", "checkpoints": "c"}
+    source |= {"cifarc": "C", "paths": {"resnext": "a"}, "student_paths": {"resnext": "b"}}
+    translated = gretta.from_source(source, gretta.parse_args([]))
+    expected = {"dataset": "cifar100", "model": "resnext", "est": "surrogate", "data_root": "cifar"}
+    assert translated == expected | {"corruptions_path": "C", "weights": "a", "student": "b"}

@@ -1,269 +1,299 @@
-"""The classifiers of common.py: sizes as published, shapes, Shake-Shake, ShakeDrop, ResNet-D, slim models."""
+"""Classifiers of common.py as published, what shakes in them, checkpoints of every layout, warps."""
 
+import hashlib
+import json
+import math
 import re
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, assert_equal_weights
+from PIL import Image, ImageEnhance
+from torch import nn
+from torchvision.models import get_model
 
 import common
+from common import InputError, build_model, load_weights
 
-CIFAR = ("wresnet40_2", "wresnet28_10", "shake26_2x32d", "shake26_2x96d", "shake26_2x112d", "pyramid272")
-IMAGENET = ("resnet50", "resnet50d", "resnet200")
+MACHINE = common.Machine(torch.device("cpu"))
+slim = partial(build_model, num_classes=10, dataset="digits")
+MILLIONS = {"resnext": 6.8, "wideresnet": 2.24, "wresnet40_2": 2.24, "wresnet28_10": 36.5, "student": 11.2}
+MILLIONS |= {"shake26_2x32d": 2.9, "shake26_2x96d": 26.2, "shake26_2x112d": 35.6, "pyramid272": 26.0}
+MILLIONS |= {"resnet50": 25.6, "resnet50d": 25.6, "resnet200": 64.7}
 
 
-@pytest.mark.parametrize(
-    "name, millions",
-    [
-        ("wresnet40_2", 2.24),
-        ("wresnet28_10", 36.5),
-        ("shake26_2x32d", 2.9),
-        ("shake26_2x96d", 26.2),
-        ("shake26_2x112d", 35.6),
-        ("pyramid272", 26.0),
-        ("resnet50", 25.6),
-        ("resnet50d", 25.6),
-        ("resnet200", 64.7),
-    ],
-)
-def test_full_models_are_as_large_as_published_and_take_odd_sizes(name, millions):
-    classes, dataset = (1000, "imagenet") if name in IMAGENET else (10, "cifar10")
+def load(name: str, dataset: str, weights=None, dry_run=False, classes=10) -> tuple[nn.Module, str]:
+    model = build_model(name, classes, dataset)
+    return model, common.load_classifier(model, name, dataset, weights, MACHINE, "data", dry_run)
+
+
+@pytest.mark.parametrize("name", ["resnext", "wideresnet"])
+def test_keys_shapes_and_logits_are_those_of_augmixs_checkpoints(name, tmp_path):
+    reference = json.loads((ROOT / "tests" / "augmix_checkpoints.json").read_text())[name]
+    model, state = build_model(name, 100, "cifar100").eval(), {}
+    shapes = [[key, list(value.shape)] for key, value in model.state_dict().items()]
+    assert shapes == reference["state_dict"]
+    for k, (key, shape) in enumerate(shapes):  # the weights that the logits were computed with
+        v = torch.from_numpy(np.cos(0.37 * np.arange(math.prod(shape)) + k)).float().view(shape)
+        v = v * math.sqrt(2 / math.prod(shape[1:])) if len(shape) > 1 else 1 + 0.1 * v
+        state[f"module.{key}"] = v - 1 if key.endswith(("running_mean", "bias")) else v
+    torch.save({"epoch": 199, "best_acc": 0.78, "state_dict": state}, tmp_path / "w.pt")
+    images = torch.from_numpy(0.5 + 0.5 * np.cos(0.11 * np.arange(6144)).reshape(2, 3, 32, 32)).float()
+    logits = load_weights(model, tmp_path / "w.pt")(images)  # normalises by 0.5/0.5 itself
+    assert (logits - torch.tensor(reference.get("logits", logits.tolist()))).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", MILLIONS)
+def test_full_models_are_as_large_as_published_and_take_odd_sizes(name):
+    classes, dataset = (1000, "imagenet") if name in common.RESNETS else (10, "cifar10")
     with torch.device("meta"):  # shapes without numbers
-        model = common.build_model(name, classes, dataset)
-        for side in (64, 71) if name in IMAGENET else (32, 33):
-            for train in (True, False):
-                assert model.train(train)(torch.rand(2, 3, side, side)).shape == (2, classes)
-    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
-    # GlobalBatchNorm2d takes the place of this very class
-    assert {type(module) for module in model.modules() if "BatchNorm" in type(module).__name__} == {torch.nn.BatchNorm2d}
+        model = build_model(name, classes, dataset)
+        assert all(model(torch.rand(2, 3, side, side)).shape == (2, classes) for side in (64, 71))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(MILLIONS[name], abs=0.05)
+    with pytest.raises(InputError, match=rf"unknown model 'resnet19': choose .*\b{name}\b"):
+        build_model("resnet19", 10, "cifar10")
 
 
-@pytest.mark.parametrize("name", ["wresnet28_10", "shake26_2x96d", "pyramid272", "resnet50d", "resnet200"])
-def test_full_models_see_the_whole_image(name):
-    """Finite logits of a real forward pass, on the smallest sensible image, and a gradient from every part of it."""
-    image = torch.rand(1, 3, 16, 16, requires_grad=True)
-    model = common.build_model(name, 10, "imagenet" if name in IMAGENET else "cifar10").eval()
-    logits = model(image)
-    (gradient,) = torch.autograd.grad(logits.square().sum(), image)
-    assert logits.shape == (1, 10) and logits.isfinite().all() and gradient.isfinite().all() and (gradient != 0).float().mean() > 0.99
-
-
-@pytest.mark.parametrize("name", CIFAR + IMAGENET)
-def test_slim_models_learn_and_evaluate_deterministically(name, tmp_path):
-    """A few steps on one batch lower its loss; evaluation draws nothing; a checkpoint brings the model back."""
+@pytest.mark.parametrize("name", common.MODELS)
+def test_slim_models_learn_see_everything_and_evaluate_deterministically(name):
     images, labels = common.load_split("digits", "train")
-    index = (labels < 2).nonzero()[:32, 0]  # zeros and ones: told apart in a few steps
+    index, model = (labels < 2).nonzero()[:32, 0], slim(name)  # zeros and ones: told apart in a few steps
     batch, labels = common.to_float(images[index]), labels[index]
-    model = common.build_model(name, 10, "digits").train()
-    assert sum(parameter.numel() for parameter in model.parameters()) < 200_000
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    losses = []
+    assert sum(p.numel() for p in model.parameters()) < 200_000 and name in MILLIONS
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), []
     for _ in range(10):
-        loss = F.cross_entropy(model(batch), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+        losses.append(F.cross_entropy(model(batch), labels))
+        common.descend(losses[-1], optimizer, MACHINE.scaler())
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), losses
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
-    model.eval()
-    state = torch.get_rng_state()
-    with torch.no_grad():
-        logits = model(batch)
-        assert torch.equal(model(batch), logits) and torch.equal(torch.get_rng_state(), state)
-        common.save_atomically(model.state_dict(), tmp_path / "model.pt")
-        again = common.load_weights(common.build_model(name, 10, "digits"), tmp_path / "model.pt").eval()
-        assert torch.equal(again(batch), logits)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    logits, state = model.eval()(batch.requires_grad_()), torch.get_rng_state()
+    assert torch.equal(model(batch), logits) and torch.equal(torch.get_rng_state(), state)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), batch)
+    assert gradient.isfinite().all() and (gradient.abs().amax((0, 1)) > 0).float().mean() > 0.95
 
 
-def test_unknown_names_list_the_known_ones():
-    with pytest.raises(common.InputError) as error:
-        common.build_model("shake26_2x33d", 10, "cifar10")
-    assert set(common.MODELS) == set(common.DIGITS_MODELS) and {*CIFAR, *IMAGENET} <= set(common.MODELS)
-    assert all(re.search(rf"\b{name}\b", str(error.value)) for name in common.MODELS)
+@pytest.mark.parametrize("name", ["resnet50", "resnet50d", "resnet18", "googlenet"])
+def test_models_normalise_inside_and_keep_torchvisions_keys(name):
+    images, seen, model = torch.rand(2, 3, 64, 64), [], build_model(name, 7, "imagenet").eval()
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(images)
+    torch.testing.assert_close(seen[0], images * 2 - 1 if name == "googlenet" else (images - mean) / std)
+    if name in ("resnet18", "resnet50"):
+        assert list(model.state_dict()) == list(get_model(name, num_classes=7).state_dict())
+    elif name == "resnet50d":
+        stem = [(layer.kernel_size[0], layer.out_channels, layer.stride[0]) for layer in model.conv1[::3]]
+        assert stem == [(3, 32, 2), (3, 32, 1), (3, 64, 1)]
+        firsts = [stage[0] for stage in (model.layer2, model.layer3, model.layer4)]
+        assert {(block.downsample[0].kernel_size, block.conv2.stride) for block in firsts} == {(2, (2, 2))}
 
 
-# --------------------------------------------------------------------------------------------------------- Shake-Shake
-
-
-def test_shake_even_mixes_each_image_by_its_own_draw_and_sends_half_of_the_gradient_each_way():
-    one, other = torch.randn(64, 3, 5, 5, requires_grad=True), torch.randn(64, 3, 5, 5, requires_grad=True)
-    mixed = common.shake_even(one, other, training=True)
-    alpha = ((mixed - other) * (one - other)).sum((1, 2, 3)) / (one - other).square().sum((1, 2, 3))
-    alpha = alpha.detach()[:, None, None, None]
+def test_shake_shake_mixes_each_image_by_its_own_draw_and_its_skip_path_sees_shifted_pixels():
+    one, other = torch.randn(2, 64, 3, 5, 5, requires_grad=True)
+    mixed, upstream = common.shake_even(one, other, training=True), torch.randn(64, 3, 5, 5)
+    alpha = ((mixed - other) / (one - other)).flatten(1).median(1).values.view(-1, 1, 1, 1)
     torch.testing.assert_close(mixed, alpha * one + (1 - alpha) * other)  # one number per image
-    assert 0 <= alpha.min() < 0.2 and 0.8 < alpha.max() <= 1 and alpha.unique().numel() == 64
-    upstream = torch.randn_like(mixed)
-    for gradient in torch.autograd.grad(mixed, (one, other), upstream):
-        assert torch.equal(gradient, upstream / 2)
-    assert not torch.equal(common.shake_even(one, other, training=True), mixed)
+    assert all(torch.equal(half, upstream / 2) for half in torch.autograd.grad(mixed, (one, other), upstream))
     assert torch.equal(common.shake_even(one, other, training=False), (one + other) / 2)
-    draws = torch.stack([common.shake_even(torch.ones(200, 1, 1, 1), torch.zeros(200, 1, 1, 1), True) for _ in range(50)])
+    draws = common.shake_even(torch.ones(9999, 1, 1, 1), torch.zeros(9999, 1, 1, 1), True)
     assert draws.mean() == pytest.approx(0.5, abs=0.01) and draws.var() == pytest.approx(1 / 12, abs=0.005)
+    # Skip path: every second pixel of ReLU(x), for half of the channels from one up and left, zeros there
+    block, x = common.ShakeShakeBlock(4, 6, 2).eval(), torch.randn(2, 4, 8, 7)
+    halves = (block.skip1, x.relu()), (block.skip2, F.pad(x.relu(), (1, 0, 1, 0))[:, :, :-1, :-1])
+    skip = [torch.einsum("oc,bchw->bohw", c.weight[..., 0, 0], half[..., ::2, ::2]) for c, half in halves]
+    one, other = block.branch1(x.relu()), block.branch2(x.relu())
+    torch.testing.assert_close(block(x), block.bn_skip(torch.cat(skip, 1)) + (one + other) / 2)
 
 
-def test_shake_shake_skip_path_sees_shifted_pixels():
-    """Both halves take every second pixel of ReLU(x): the first from the corner on, the second one right and down, with zeros before the edge."""
-    block = common.ShakeShakeBlock(4, 6, 2).eval()
-    x = torch.randn(2, 4, 8, 7)
-    active = x.relu()
-    shifted = torch.zeros_like(active)
-    shifted[:, :, 1:, 1:] = active[:, :, :-1, :-1]
-    halves = [
-        torch.einsum("oc,bchw->bohw", conv.weight[:, :, 0, 0], image[:, :, ::2, ::2])
-        for conv, image in ((block.skip1, active), (block.skip2, shifted))
-    ]
-    expected = block.bn_skip(torch.cat(halves, 1)) + (block.branch1(active) + block.branch2(active)) / 2
-    torch.testing.assert_close(block(x), expected)
-    assert common.ShakeShakeBlock(4, 4, 1).bn_skip is None
+def test_shake_drop_scales_forward_by_alpha_and_backward_by_beta():
+    """One gate per batch, α ~ U(-1, 1) and β ~ U(0, 1) per image; evaluation takes the expectation."""
+    layer, factors = common.ShakeDrop(0.3), []
+    for _ in range(3000):
+        x = torch.ones(16, 2, 1, 1, requires_grad=True)
+        out = layer.train()(x)
+        factors.append(torch.stack([out.detach(), *torch.autograd.grad(out.sum(), x)]).squeeze())
+    factors = torch.stack(factors)  # draws, ways, images, channels
+    alive = (factors == 1).flatten(1).all(1)
+    assert torch.equal(alive, (factors == 1).flatten(1).any(1)) and (factors[..., 0] == factors[..., 1]).all()
+    assert alive.float().mean() == pytest.approx(0.7, abs=0.03) == factors[:, 0].mean().item()
+    torch.testing.assert_close(layer.eval()(x), 0.7 * x)
+    draws = factors[~alive, ..., 0].transpose(0, 1).flatten(1)  # α and β
+    assert -1 <= draws[0].min() < -0.99 and 0 <= draws[1].min() < 0.01 and (draws.amax(1) > 0.99).all()
+    assert draws.mean(1).tolist() == pytest.approx([0, 0.5], abs=0.02) and draws.max() < 1
+    assert draws.var(1).tolist() == pytest.approx([1 / 3, 1 / 12], abs=0.02)
 
 
-def test_shake_shake_blocks_draw_each_their_own(monkeypatch):
-    alphas, shake_even = [], common.shake_even
-
-    def recorded(one, other, training):
-        mixed = shake_even(one, other, training)
-        alphas.append(((mixed - other) / (one - other)).flatten(1).median(1).values.detach())
-        return mixed
-
-    monkeypatch.setattr(common, "shake_even", recorded)
-    model = common.build_model("shake26_2x32d", 10, "digits").train()
-    images = torch.rand(4, 3, 32, 32)
-    first = model(images)
-    drawn = torch.cat(alphas)
-    assert len(alphas) == len(model.blocks) and (drawn[:, None] - drawn[None]).abs().fill_diagonal_(1).min() > 1e-5
-    assert not torch.equal(model(images), first)
-
-
-# ----------------------------------------------------------------------------------------------------------- ShakeDrop
-
-
-def test_shake_drop_expectation_is_the_evaluation_factor():
-    torch.manual_seed(1)
-    layer = common.ShakeDrop(0.3)
-    x = torch.ones(16, 1, 1, 1)
-    draws = torch.stack([layer.train()(x) for _ in range(4000)]).view(4000, 16)
-    alive = (draws == 1).all(1)
-    assert (alive == (draws == 1).any(1)).all()  # one gate for the whole batch
-    assert alive.float().mean() == pytest.approx(0.7, abs=0.03)
-    dead = draws[~alive]
-    assert dead.min() < -0.99 and 0.99 < dead.max() < 1 and dead.mean() == pytest.approx(0, abs=0.02)  # α ~ U(-1, 1), one per image
-    assert dead.var() == pytest.approx(1 / 3, abs=0.02) and dead[0].unique().numel() > 1
-    torch.testing.assert_close(layer.eval()(x), torch.full_like(x, 0.7))
-    assert draws.mean() == pytest.approx(0.7, abs=0.03)
-
-
-def test_shake_drop_sends_the_gradient_through_beta():
-    torch.manual_seed(1)
-    layer = common.ShakeDrop(0.5).train()
-    forward, backward = [], []
-    for _ in range(400):
-        x = torch.full((8, 2, 3, 3), 2.0, requires_grad=True)
-        out = layer(x)
-        (gradient,) = torch.autograd.grad(out.sum(), x)
-        for values, kept in ((out / 2, forward), (gradient, backward)):
-            assert (values == values[:, :1, :1, :1]).all()  # one number per image
-            kept.append(values[:, 0, 0, 0].detach())
-    forward, backward = torch.stack(forward), torch.stack(backward)
-    alive = (forward == 1).all(1)
-    assert 0.4 < alive.float().mean() < 0.6 and (backward[alive] == 1).all()
-    beta = backward[~alive]
-    assert beta.min() >= 0 and beta.max() < 1 and beta.mean() == pytest.approx(0.5, abs=0.03) and beta.var() == pytest.approx(1 / 12, abs=0.01)
-    assert abs(torch.corrcoef(torch.stack([forward[~alive].flatten(), beta.flatten()]))[0, 1]) < 0.1  # drawn independently of α
-
-
-def test_death_rates_grow_linearly_and_channels_additively():
+def test_pyramid_net_grows_linearly_and_its_shortcut_pools_and_pads_with_zeros():
     with torch.device("meta"):
-        model = common.build_model("pyramid272", 10, "cifar10")
-    rates = [block.shake_drop.death_rate for block in model.blocks]
-    assert len(rates) == 90 and rates == pytest.approx([0.5 * number / 90 for number in range(1, 91)])
-    channels = [block.conv2.out_channels for block in model.blocks]
-    assert channels[:3] == [18, 20, 22] and channels[44] == 116 and channels[-1] == 216
-    assert [number for number, block in enumerate(model.blocks) if block.conv2.stride == (2, 2)] == [30, 60]
-    assert model.fc.in_features == 4 * 216
-
-
-def test_pyramid_shortcut_pools_and_pads_with_zeros():
-    block = common.PyramidBottleneck(4, 3, 2, 0.0).eval()
-    torch.nn.init.zeros_(block.bn4.weight)  # nothing but the shortcut
-    x = torch.randn(2, 4, 5, 6)
-    out = block(x)
-    torch.testing.assert_close(out[:, :4, :2], F.avg_pool2d(x[:, :, :4], 2))
-    torch.testing.assert_close(out[:, :4, 2:], F.avg_pool2d(x[:, :, 4:], (1, 2)))  # an odd row is averaged alone
-    assert out.shape == (2, 12, 3, 3) and (out[:, 4:] == 0).all()
-
-
-# ------------------------------------------------------------------------------------------------------------- ResNets
-
-
-def test_resnet50_is_torchvisions():
-    from torchvision.models import resnet50
-
-    torch.manual_seed(3)
-    model = common.build_model("resnet50", 7, "imagenet")
-    torch.manual_seed(3)
-    plain = resnet50(num_classes=7)
-    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("name", IMAGENET)
-def test_resnets_normalise_inside(name):
-    images = torch.rand(2, 3, 32, 32)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    seen = []
-    for dataset, expected in (("imagenet", (images - mean) / std), ("digits", images * 2 - 1)):
-        model = common.build_model(name, 10, dataset).eval()
-        first = model.conv1 if name != "resnet50d" else model.conv1[0]
-        first.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        model(images)
-        torch.testing.assert_close(seen.pop(), expected)
-        assert "normalisation" not in model.state_dict()
-
-
-def test_resnet50d_downsamples_as_described():
-    with torch.device("meta"):
-        model = common.build_model("resnet50d", 1000, "imagenet")
-    stem = [(module.out_channels, module.stride[0]) for module in model.conv1 if isinstance(module, torch.nn.Conv2d)]
-    assert stem == [(32, 2), (32, 1), (64, 1)] and all(module.kernel_size == (3, 3) for module in model.conv1[::3])
-    for stage in (model.layer2, model.layer3, model.layer4):
-        pool, conv, _ = stage[0].downsample
-        assert pool.kernel_size == 2 and conv.stride == (1, 1) and stage[0].conv1.stride == (1, 1) and stage[0].conv2.stride == (2, 2)
-    assert isinstance(model.layer1[0].downsample[0], torch.nn.Identity)
-
-
-# ---------------------------------------------------------------------------------------- mixed precision, compilation
+        blocks = build_model("pyramid272", 10, "cifar10").blocks
+    assert [block.residual[-1].death_rate for block in blocks] == pytest.approx(np.arange(1, 91) / 180)
+    assert [block.residual[4].out_channels for block in blocks] == [16 + 200 * n // 90 for n in range(1, 91)]
+    assert [n for n, block in enumerate(blocks) if block.residual[4].stride == (2, 2)] == [30, 60]
+    block, x = common.PyramidBottleneck(4, 3, 2, 0.0).eval(), torch.randn(2, 4, 6, 6)
+    nn.init.zeros_(block.residual[-2].weight)  # nothing but the shortcut
+    torch.testing.assert_close(block(x), F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, 8)))
 
 
 @pytest.mark.parametrize("name", ["wresnet28_10", "shake26_2x32d", "pyramid272", "resnet50d"])
-def test_models_keep_channels_last_and_take_mixed_precision(name):
-    """Everything between the blocks stays channels_last and bfloat16, forward and backward."""
-    model = common.build_model(name, 10, "digits").train()
-    blocks = [
-        module for module in model.modules() if type(module).__name__ in ("WideResNetBlock", "ShakeShakeBlock", "PyramidBottleneck", "Bottleneck")
-    ]
-    outputs = []
-    for block in blocks:
-        block.register_forward_hook(lambda module, inputs, out: outputs.append(out))
-    images = torch.rand(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(images).float().square().mean()
-    loss.backward()
-    assert len(outputs) == len(blocks) > 0
-    assert all(out.is_contiguous(memory_format=torch.channels_last) and out.dtype == torch.bfloat16 for out in outputs)
-    assert all(parameter.grad.isfinite().all() and parameter.grad.dtype == torch.float32 for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    "build", [lambda: common.ShakeShake(10, width=4, depth=8), lambda: common.PyramidNet(10, depth=20, widening=6, width=4)], ids=["shake", "pyramid"]
-)
-def test_shaken_models_compile_to_one_graph(build):
+def test_models_keep_channels_last_and_bfloat16_and_compile_to_one_graph(name):
     """fullgraph: a host synchronisation or a Python branch on a draw would break the graph."""
-    model = build().train()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    images = torch.rand(4, 3, 32, 32)
-    first, second = compiled(images), compiled(images)
-    assert not torch.equal(first, second)
-    first.sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model.eval(), backend="aot_eager", fullgraph=True)(images), model(images))
+    model, outputs, layout = slim(name), [], {"memory_format": torch.channels_last}
+    for module in model.modules():
+        if type(module).__name__.endswith(("Block", "Bottleneck")):
+            module.register_forward_hook(lambda _, inputs, out: outputs.append(out))
+    images = torch.rand(4, 3, 32, 32).contiguous(**layout)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images).float().square().mean().backward()
+    assert {(out.dtype, out.is_contiguous(**layout)) for out in outputs} == {(torch.bfloat16, True)}
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    build = {"shake26_2x32d": common.ShakeShake(10, 4, 8), "pyramid272": common.PyramidNet(10, 20, 6, 4)}
+    if name in build:
+        compiled = torch.compile(build[name], backend="aot_eager", fullgraph=True)
+        assert not torch.equal(compiled(images), compiled(images))
+
+
+@pytest.mark.parametrize("outer", [(), ("state_dict",), ("model_state_dict",), ("weights", "model")])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "model.", "resnet.", "backbone."])
+def test_state_dicts_as_people_save_them(prefix, outer, tmp_path):
+    saved = slim("resnext").state_dict()
+    content = {prefix + key: value for key, value in saved.items()}
+    average = {key: value + 1 for key, value in content.items()}
+    optimizer = {"scale": {"x": torch.zeros(3)}, "state": {0: {"momentum_buffer": torch.zeros(3)}}, "lr": 0.1}
+    for key in outer:
+        content = {"optimizer": optimizer, key: content, "state_dict_ema": average, "epoch": 3}
+    torch.save(content, tmp_path / "weights.pt")
+    assert_equal_weights(load_weights(slim("resnext"), tmp_path / "weights.pt").state_dict(), saved)
+
+
+def test_robustbench_names_and_normalisation(tmp_path):
+    state, file = slim("wideresnet").state_dict(), tmp_path / "file.pt"
+    named = {key.replace("conv_shortcut", "convShortcut"): value for key, value in state.items()}
+    torch.save({"state_dict": named | {key: torch.full((1, 3, 1, 1), 0.5) for key in ("mu", "sigma")}}, file)
+    assert_equal_weights(load_weights(slim("wideresnet"), file).state_dict(), state)
+
+
+def test_what_does_not_fit_or_carries_code_is_refused_and_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file, model, weight, bias = Path("file.pt"), nn.Linear(3, 4), torch.zeros(4, 3), torch.zeros(4)
+    trap = type("Trap", (), {"__reduce__": lambda self: (Path.touch, (Path("made"),))})()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for content, reason in (
+        (None, "file.pt does not exist: give the path"),
+        ((common.WEIGHTS / "digits-resnext.pt").read_bytes()[:50_000], "truncated or no checkpoint"),
+        ({"state_dict": {"weight": trap}}, "file.pt: it holds more than tensors (no code is run)"),
+        ({"state_dict": {}, "epoch": 3, 0: weight}, "holds no state dict"),
+        ({"weight": weight.to(torch.cfloat), "bias": bias}, "holds no state dict"),
+        ({"weight": weight}, "missing bias; choose the --model and --dataset it was trained for"),
+        ({"weight": weight, "bias": bias, "extra": bias}, "file.pt does not fit this model: unexpected ext"),
+        ({"weight": weight[:, :2], "bias": bias}, "misshaped weight is (4, 2), not (4, 3)"),
+        ({"module.weight": weight, "bias": bias}, "missing weight; unexpected module.weight"),
+    ):
+        for zipped in (True, False):
+            if isinstance(content, bytes):
+                file.write_bytes(content)
+            elif content is not None:
+                torch.save(content, file, _use_new_zipfile_serialization=zipped)
+            with pytest.raises(InputError, match=re.escape(reason)):
+                load_weights(model, file)
+            assert_equal_weights(model.state_dict(), before)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.pt"]
+
+
+def test_shipped_weights_and_published_names_are_those_of_the_readme():
+    """Digits' classifiers: at least 98 % right on the clean test digits; their students 97 %."""
+    readme = (common.WEIGHTS / "README.md").read_text()
+    test = common.Images(*common.load_split("digits", "test"), MACHINE)
+    for name in ("resnext", "wideresnet", "resnext-student", "wideresnet-student"):
+        file, student = common.WEIGHTS / f"digits-{name}.pt", "student" in name
+        model, source = load("student" if student else name, "digits", str(file) if student else None)
+        assert source == str(file) and hashlib.sha256(file.read_bytes()).hexdigest() in readme
+        assert common.evaluate([model], test)[0]["top1_accuracy"] >= 98 - student
+    for name, url in common.PUBLISHED_WEIGHTS.items():
+        assert f"| `{name}` |" in readme and url.removeprefix(common.DRIVE) in readme
+
+
+def test_a_missing_classifier_is_trained_and_kept(tmp_path, monkeypatch, capsys):
+    few, file = [part[:100] for part in common.load_split("digits", "train")], tmp_path / "digits-resnext.pt"
+    monkeypatch.setattr(common, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(common, "load_split", lambda *_: few)
+    assert load("resnext", "digits", dry_run=True)[1].startswith("untrained: a dry") and not file.exists()
+    model, source = load("resnext", "digits")
+    assert source == str(file) and "is missing: training resnext" in capsys.readouterr().out
+    assert common.evaluate([model], common.Images(*few, MACHINE))[0]["top1_accuracy"] > 20
+    assert_equal_weights(load("resnext", "digits")[0].state_dict(), model.state_dict())
+    assert not capsys.readouterr().out  # nothing is trained again
+
+
+def test_published_checkpoints_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "WEIGHTS", tmp_path / "weights")
+    saved, file = build_model("resnext", 100, "cifar100"), tmp_path / "weights" / "gretta-resnext.pth"
+    common.save_atomically({"state_dict": saved.state_dict()}, tmp_path / "published")
+    monkeypatch.setitem(common.PUBLISHED_WEIGHTS, "gretta-resnext", (tmp_path / "published").as_uri())
+    assert load("resnext", "cifar100", "gretta-resnext", dry_run=True)[1].startswith("untrained")
+    assert load("resnext", "cifar100", dry_run=True)[1].startswith("untrained") and not file.parent.exists()
+    for weights, dry_run in ((None, False), ("gretta-resnext", True)):  # AugMix's is what comes for CIFAR-100
+        model, source = load("resnext", "cifar100", weights, dry_run, classes=100)
+        assert source == str(file)
+        assert_equal_weights(model.state_dict(), saved.state_dict())
+    with pytest.raises(InputError, match="gretta-resnext.pth does not fit this model: misshaped"):
+        load("resnext", "digits", "gretta-resnext")
+    with pytest.raises(InputError, match="no weights of resnext for cifar10 are known: .*--weights"):
+        load("resnext", "cifar10")
+    assert load("resnext", "fake")[1] == "untrained"
+
+
+def test_imagenet_weights_are_torchvisions(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    file = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
+    assert load("resnet18", "folder", dry_run=True)[1].startswith("untrained")
+    saved = build_model("resnet18", 1000, "imagenet").state_dict()
+    common.save_atomically({key: saved[key] for key in saved if "tracked" not in key}, file)  # as of 2016
+    model, source = load("resnet18", "imagenet", classes=1000)
+    assert source == str(file) and torch.equal(model.fc.weight, saved["fc.weight"])
+    model, source = load("resnet18", "folder")
+    assert source == f"{file}, but for fc.weight, fc.bias (another number of classes)"
+    assert model.fc.weight.shape == (10, 512) and torch.equal(model.conv1.weight, saved["conv1.weight"])
+    with pytest.raises(InputError, match="torchvision has no weights of 'resnet50d': .*--weights"):
+        load("resnet50d", "folder")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InputError, match=f"{file}: truncated.*remove it"):
+        load("resnet18", "folder")
+
+
+def test_affine_warp_and_contrast_agree_with_pil():
+    """Rotation, anisotropic zoom and translation at once, about the same centre."""
+    images = F.interpolate(torch.rand(3, 3, 8, 8), size=(40, 32), mode="bicubic").clamp(0, 1)
+    scale = torch.tensor([[1.2, 0.8], [0.9, 1.1], [1.0, 1.3]])
+    translation, degrees = torch.tensor([[3, -2], [0.5, 1.5], [-4, 2]]), torch.tensor([20.0, -30, 0])
+    warped = common.affine_warp(images, common.affine_matrix(scale, translation, degrees))
+    for image, result, s, t, d in zip(images, warped, scale, translation, degrees.deg2rad().tolist()):
+        rotation = np.array([[math.cos(d), math.sin(d)], [-math.sin(d), math.cos(d)]])
+        inverse, centre = np.linalg.inv(rotation @ np.diag(s)), np.array([16, 20])  # the corner pixel's: 0.5
+        x, y = centre - inverse @ (centre + t.numpy())
+        how = Image.Transform.AFFINE, (*inverse[0], x, *inverse[1], y), Image.Resampling.BILINEAR
+        expected = [np.array(Image.fromarray(plane).transform((32, 40), *how)) for plane in image.numpy()]
+        difference = np.abs(np.stack(expected) - result.numpy())[:, 8:-8, 8:-8]
+        assert difference.max() < 2e-3  # borders are treated otherwise
+    images, factors = common.to_float((images * torch.tensor([[[255]], [[150]], [[50]]])).byte()), scale[:, 1]
+    for image, result, factor in zip(images, common.adjust_contrast(images, factors), factors.tolist()):
+        pil = Image.fromarray(common.to_uint8(image).permute(1, 2, 0).numpy())
+        expected = np.array(ImageEnhance.Contrast(pil).enhance(factor)) / 255
+        assert np.abs(expected - result.permute(1, 2, 0).numpy()).max() < 1.6 / 255
+
+
+def test_light_augmentation():
+    """CIFAR: up to 4 px and mirrored; small grey pictures: ±1 px, zoom, ±5°; pictures on disk: nothing."""
+    images, draws = torch.rand(3, 3, 32, 32), torch.tensor([[0, 0, -0.1], [0.99, 0, 0.1], [0, -0.99, 0.1]])
+    assert common.light_augmentation(images, "folder", draws) is images
+    expected = images[0].flip(2), F.pad(images[1], (4, -4)), F.pad(images[2], (0, 0, -4, 4))
+    done = common.light_augmentation(images, "cifar10", draws)
+    torch.testing.assert_close(done, torch.stack(expected), atol=1e-4, rtol=0)
+    zoom, shift, degrees = torch.tensor([[1.05, 0.95]]), torch.tensor([[1.0, -1]]), torch.tensor([5.0])
+    done = common.light_augmentation(images[:1], "mnist", torch.tensor([[1.0, -1, 1, -1, 1]]))
+    matrix = common.affine_matrix(zoom, shift, degrees)
+    torch.testing.assert_close(done, common.affine_warp(images[:1], matrix))

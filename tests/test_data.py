@@ -1,0 +1,407 @@
+"""Data sets in their published formats, images in memory and pictures on disk, downloads."""
+
+import hashlib
+import io
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONTENT, ROOT, Handler, refused, run_here
+from formats import make_cifar, make_imagenet, make_mnist, make_pictures, random_pixels
+from PIL import Image
+from torchvision import datasets
+
+import common
+from common import InputError
+
+CPU = common.Machine(torch.device("cpu"))
+FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+
+
+@pytest.fixture
+def tiny_cifar(monkeypatch):
+    """torchvision checks md5s: those of the tiny files take the place of the published ones."""
+
+    def patch(root: Path) -> None:
+        for kind in (datasets.CIFAR10, datasets.CIFAR100):
+            folder = root / kind.base_folder
+
+            def digest(name: str, folder: Path = folder) -> str:
+                return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+            if folder.is_dir():
+                for part in ("train_list", "test_list"):
+                    names = [name for name, _ in getattr(kind, part)]
+                    monkeypatch.setattr(kind, part, [[name, digest(name)] for name in names])
+                monkeypatch.setattr(kind, "meta", kind.meta | {"md5": digest(kind.meta["filename"])})
+
+    return patch
+
+
+# ---------- Sets that fit in memory ----------
+
+
+def test_digits_are_the_published_integers_with_a_fixed_stratified_split():
+    with np.load(ROOT / "data" / "digits.npz") as archive:
+        integers, split = archive["images"], archive["split"]
+    counts = {}
+    for number, name in enumerate(common.SPLITS):
+        images, labels = common.load_split("digits", name)
+        counts[name] = len(labels)
+        assert images.dtype == torch.uint8 and images.shape[1:] == (3, 32, 32) and labels.dtype == torch.int64
+        assert torch.bincount(labels).min() > 0.08 * len(labels) and images[..., :6, :].max() == 0
+        inner = torch.from_numpy(integers[split == number]).float().mean((1, 2)) / 16
+        assert (images[:, 0, 6:26, 6:26].float().mean((1, 2)) / 255 - inner).abs().max() < 0.003
+    assert counts == {"train": 1000, "val": 197, "test": 600}
+    assert (
+        hashlib.sha256((ROOT / "data" / "digits.npz").read_bytes()).hexdigest()
+        in (ROOT / "data/README.md").read_text()
+    )
+
+
+def test_modified_digits_are_always_the_same_and_differ_from_image_to_image():
+    images, labels, source = common.modified_digits("val", variants=2)
+    again = common.modified_digits("val", variants=2)[0]
+    assert images.shape == (394, 3, 32, 32) and torch.equal(images, again) and source.max() == 196
+    assert torch.equal(labels[:197], labels[197:]) and not torch.equal(images[:197], images[197:])
+    assert not torch.equal(images, common.modified_digits("val", variants=2, seed=1)[0])
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "name, place",
+    [
+        ("mnist", "MNIST/raw"),
+        ("mnist", "mnist"),
+        ("fashion_mnist", "."),
+        ("fashion_mnist", "FashionMNIST/raw"),
+    ],
+)
+def test_mnists_files_are_read_where_they_lie(name, place, zipped, tmp_path):
+    make_mnist(tmp_path / "made", 100, 20, zipped=zipped)
+    target = tmp_path / "root" / place
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "made" / "MNIST" / "raw").rename(target)
+    before = sorted(path.name for path in target.iterdir())
+    images, labels = common.load_split(name, "test", tmp_path / "root", download=False)
+    assert images.shape == (20, 3, 32, 32) and labels.tolist() == [i % 10 for i in range(20)]
+    assert images[:, :, 2:-2, 2:-2].float().mean() > 5 and images[..., :2, :].max() == 0
+    sizes = [
+        len(common.load_split(name, split, tmp_path / "root", download=False)[1])
+        for split in ("train", "val")
+    ]
+    assert sizes == [90, 10] and sorted(path.name for path in target.iterdir()) == before
+
+
+@pytest.mark.skipif(not list(FASHION.glob("*.gz")), reason="apt-get install dataset-fashion-mnist")
+def test_fashion_mnist_as_debian_installs_it():
+    images, labels = common.load_split("fashion_mnist", "test", FASHION, download=False)
+    assert len(labels) == 10_000 and torch.bincount(labels).tolist() == [1000] * 10
+    assert images[:, 0, 2:-2, 2:-2].float().mean().item() == pytest.approx(73.15, abs=0.05)
+
+
+def test_held_out_images_are_every_tenth_of_each_class():
+    labels = torch.arange(60) % 3
+    chosen = common.held_out(labels)
+    assert chosen.nonzero()[:, 0].tolist() == [27, 28, 29, 57, 58, 59]
+    assert common.held_out(torch.arange(5)).tolist() == [False] * 4 + [True]
+
+
+def test_cifar_with_its_corruptions(tmp_path, tiny_cifar):
+    make_cifar(tmp_path, "cifar100", 1100, 200, 200)
+    tiny_cifar(tmp_path)
+    found = common.load_sets("cifar100", str(tmp_path), CPU, corruptions="needed")
+    assert (len(found.train), len(found.val), len(found.test), found.num_classes) == (1000, 100, 200, 100)
+    assert len(common.load_sets("cifar100", str(tmp_path), CPU, validation=False).train) == 1100
+    array = np.load(tmp_path / "CIFAR-100-C" / "fog.npy")
+    part = found.corruptions.read("fog", 3)
+    assert torch.equal(part.images, torch.from_numpy(array[400:600]).permute(0, 3, 1, 2))
+    assert found.corruptions.protocol == "CIFAR-100-C as published, 15 corruptions x severities 1-5"
+    for file, content in (("fog.npy", b"half"), ("labels.npy", None)):
+        whole = (tmp_path / "CIFAR-100-C" / file).read_bytes()
+        if content is None:
+            np.save(tmp_path / "CIFAR-100-C" / file, np.zeros(1000, int))
+        else:
+            (tmp_path / "CIFAR-100-C" / file).write_bytes(content)
+        with pytest.raises(
+            InputError, match="CIFAR-100-C.*npy is missing or damaged .*--download cifar100-c"
+        ):
+            common.load_sets("cifar100", str(tmp_path), CPU, corruptions="needed")
+        (tmp_path / "CIFAR-100-C" / file).write_bytes(whole)
+    (tmp_path / "cifar-100-python" / "test").write_bytes(b"x")
+    with pytest.raises(InputError, match="cifar-100-python is missing or damaged"):
+        common.load_split("cifar100", "test", tmp_path, download=False)
+
+
+def test_mnist_c(tmp_path):
+    make_mnist(tmp_path, 100, 20, corrupted=True)
+    found = common.load_sets("mnist", str(tmp_path), CPU, corruptions="needed").corruptions
+    assert found.names == common.MNIST_C and found.protocol == "mnist_c as published, 15 corruptions"
+    array = np.load(tmp_path / "mnist_c" / "zigzag" / "test_images.npy")
+    assert torch.equal(found.read("zigzag", 1).images[:, 0, 2:-2, 2:-2], torch.from_numpy(array[..., 0]))
+
+
+def test_generated_corruptions_take_the_place_of_files_only_where_there_are_none(tmp_path, tiny_cifar):
+    make_cifar(tmp_path, "cifar10", 100, 20)
+    tiny_cifar(tmp_path)
+    with pytest.raises(
+        InputError, match="CIFAR-10-C is missing: .*--download cifar10-c.*--generate-corruptions"
+    ):
+        common.load_sets("cifar10", str(tmp_path), CPU, corruptions="needed")
+    notes = common.load_sets("cifar10", str(tmp_path), CPU).notes
+    assert len(notes) == 1 and "corruptions are not evaluated" in notes[0]
+    found = common.load_sets("cifar10", str(tmp_path), CPU, generate=True)
+    assert (
+        found.corruptions.protocol
+        == "cifar10-C generated from the 20 test images, 15 corruptions x severities 1-5"
+    )
+    made = found.corruptions.read("contrast", 2).images
+    clean = common.to_float(found.test.images)
+    assert torch.equal(made, common.to_uint8(common.corrupt(clean, "contrast", 2, seed=0)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_batches_are_a_function_of_seed_and_epoch_whatever_the_start_and_the_ranks(world_size):
+    images, labels = common.fake_images(23, 23, 2, 2)
+    ranks = [
+        common.Images(images, labels, CPU._replace(rank=i, world_size=world_size)) for i in range(world_size)
+    ]
+
+    def batches(start: int, count: int, seed: int = 0) -> list[torch.Tensor]:
+        streams = [rank.batches(5, seed, start) for rank in ranks]
+        return [torch.cat([next(stream)[1] for stream in streams]) for _ in range(count)]
+
+    whole = batches(0, 12)  # three epochs of four
+    assert all(torch.equal(*pair) for pair in zip(whole[3:], batches(3, 9)))
+    assert all(torch.cat(whole[i : i + 4]).unique().numel() == 20 for i in (0, 4, 8))
+    assert not torch.equal(torch.cat(whole[:4]), torch.cat(whole[4:8]))
+    assert not torch.equal(whole[0], batches(0, 1, seed=1)[0])
+    own, own_labels, pool = next(ranks[0].batches(5, 0))
+    assert torch.equal(pool[: len(own)], own) and len(pool) == 5 and len(own_labels) == len(own)
+    shares = [torch.cat([part for _, part in rank.eval_batches(4)]) for rank in ranks]
+    assert torch.equal(torch.cat(shares), labels)
+
+
+def test_parts_of_images():
+    data = common.Images(*common.fake_images(23, 23, 2, 2), CPU)
+    assert data.take(5).labels.tolist() == [0, 6, 11, 16, 22] and len(data.take(99)) == 23
+    assert torch.equal(data.part(torch.tensor([4, 2])).images, data.images[[4, 2]]) and data.size == 2
+    assert torch.equal(data.tensors()[0], data.images)
+
+
+# ---------- Pictures on disk ----------
+
+
+def test_imagenet_and_imagenet_c(tmp_path):
+    make_imagenet(tmp_path, train=20)
+    for root in (tmp_path, tmp_path / "imagenet"):
+        found = common.load_sets("imagenet", str(root), CPU, corrupted_directory=str(tmp_path / "imagenet-c"))
+        assert (len(found.train), len(found.val), len(found.test), found.test.size) == (36, 4, 4, 224)
+    clean = {"clean_directory": str(tmp_path / "imagenet" / "val"), "train": False}
+    found = common.load_sets(
+        "imagenet", str(tmp_path), CPU, **clean
+    )  # to evaluate, the classes' folder will do
+    assert found.train is None and len(found.test) == 4 and found.corruptions.read("snow", 5).resize == 224
+    shape = next(found.corruptions.read("snow", 5).eval_batches(9))[0].shape
+    assert shape == (2, 3, 224, 224) and found.corruptions.source == "imagenet-c as published"
+    place = tmp_path / "imagenet-c" / "fog" / "3"
+    make_pictures(place / "n01440764", 2, 0)
+    with pytest.raises(InputError, match="is half copied: 2 pictures, others have 3"):
+        common.load_sets("imagenet", str(tmp_path), CPU)
+    (place / "n01440764").rename(place / "other")
+    with pytest.raises(InputError, match="fog/3 .*other classes than .*val: n01440764, other"):
+        common.load_sets("imagenet", str(tmp_path), CPU)
+
+
+def test_folders_of_ones_own(tmp_path):
+    for split, count in (("train", 10), ("val", 3)):
+        for number, name in enumerate(("cat", "dog")):
+            make_pictures(tmp_path / split / name, count, number, suffix="png")
+    (tmp_path / "train" / "cat" / "._picture.png").write_bytes(b"not one")
+    (tmp_path / "train" / ".hidden").mkdir()
+    found = common.load_sets("folder", str(tmp_path), CPU)
+    assert (len(found.train), len(found.val), len(found.test)) == (18, 2, 6) and found.corruptions is None
+    assert {*found.train.files}.isdisjoint(found.val.files) and "--corruptions-path" in found.notes[0]
+    for number, name in enumerate(("cat", "dog")):  # with a test/ of its own, val/ is for validation
+        make_pictures(tmp_path / "test" / name, 4, 5 + number, suffix="png")
+    found = common.load_sets("folder", str(tmp_path), CPU, generate=True)
+    assert (len(found.train), len(found.val), len(found.test), found.num_classes) == (20, 6, 8, 2)
+    made, clean = found.corruptions.read("fog", 3).tensors()[0], found.test.tensors()[0]
+    assert torch.equal(made, common.to_uint8(common.corrupt(common.to_float(clean), "fog", 3, seed=0)))
+    (tmp_path / "val" / "bird").mkdir()
+    with pytest.raises(InputError, match="val must hold .*other classes than .*test: bird"):
+        common.load_sets("folder", str(tmp_path), CPU)
+
+
+def pictures(folder: Path, workers: int = 0, machine: common.Machine = CPU) -> common.Pictures:
+    return common.class_folder(folder, machine, workers, "give a folder")
+
+
+def test_random_crops_are_a_function_of_the_seed_whatever_process_reads_them(tmp_path):
+    for number, name in enumerate(("cat", "dog")):
+        make_pictures(tmp_path / name, 4, number)
+
+    def first(workers: int, seed: int, start: int = 0, crop: bool = True) -> torch.Tensor:
+        stream = pictures(tmp_path, workers).batches(3, seed, start, crop)
+        return torch.stack([next(stream)[0] for _ in range(3 - start)])
+
+    expected = first(0, 0)
+    assert torch.equal(first(2, 0), expected) and torch.equal(first(0, 0, start=1), expected[1:])
+    assert not torch.equal(first(0, 1), expected) and not torch.equal(first(0, 0, crop=False), expected)
+    ranks = [pictures(tmp_path, 0, CPU._replace(rank=rank, world_size=2)) for rank in range(2)]
+    parts = [next(rank.batches(3, 0, 0, True))[0] for rank in ranks]
+    assert torch.equal(torch.cat(parts), expected[0])
+
+
+def test_a_16_bit_picture_looks_as_its_8_bit_twin(tmp_path):
+    values = random_pixels(0, 40, 50)
+    Image.fromarray(values).save(tmp_path / "eight.png")
+    Image.fromarray(values.astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
+    eight, sixteen = (
+        np.asarray(common.open_picture(tmp_path / f"{name}.png")) for name in ("eight", "sixteen")
+    )
+    assert np.array_equal(eight, sixteen) and eight.shape == (40, 50, 3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_is_named(workers, tmp_path):
+    make_pictures(tmp_path / "cat", 3, 0)
+    file = tmp_path / "cat" / "picture_1.JPEG"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(InputError) as caught:
+        pictures(tmp_path, workers).tensors()
+    assert str(caught.value).startswith(f"{file} is not a readable picture") and "Traceback" not in str(
+        caught.value
+    )
+
+
+# ---------- Natural mistakes ----------
+
+
+@pytest.mark.parametrize("script", ["gretta.py", "advaa.py", "game_of_noise.py"])
+@pytest.mark.parametrize(
+    "flags, names",
+    [
+        ("--dataset cifar10 --dry-run", ("cifar-10-batches-py", "--download cifar10")),
+        ("--dataset mnist --dry-run", ("MNIST/raw", "--download mnist")),
+        ("--dataset imagenet", ("imagenet/val", "image-net.org")),
+        ("--dataset folder --weights x.pt", ("train/, and test/ or val/",)),
+        ("--dataset digits", ("digits.npz", "git checkout")),
+        ("--dataset nonsense", ("nonsense",)),
+    ],
+)
+def test_a_missing_set_is_named_with_its_place_and_where_it_is_had(script, flags, names, tmp_path):
+    refused(
+        tmp_path,
+        script,
+        *flags.split(),
+        "--data-root",
+        tmp_path / "none",
+        "--run-dir",
+        tmp_path / "run",
+        names=names,
+    )
+
+
+# ---------- Downloads ----------
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_arrives_whole_and_is_asked_for_once(address, tmp_path):
+    file, md5 = tmp_path / "sub" / "weights.pth", hashlib.md5(CONTENT).hexdigest()
+    for _ in range(2):
+        assert common.download(f"{address}/file", file, md5) == file and file.read_bytes() == CONTENT
+    assert Handler.asked == [("/file", None)] and names(file.parent) == ["weights.pth"]
+
+
+def test_a_broken_off_download_goes_on_where_it_stopped(address, tmp_path, capsys):
+    file = tmp_path / "set.tar"
+    with pytest.raises(InputError, match="broken off after 2,000,000 of 5,120,000 bytes"):
+        common.download(f"{address}/broken", file)
+    assert (tmp_path / "set.tar.part").read_bytes() == CONTENT[:2_000_000] and names(tmp_path) == [
+        "set.tar.part"
+    ]
+    common.download(f"{address}/broken", file, hashlib.sha256(CONTENT).hexdigest()[:8])
+    assert file.read_bytes() == CONTENT and names(tmp_path) == ["set.tar"]
+    assert Handler.asked == [("/broken", None), ("/broken", "bytes=2000000-")]
+    assert "from byte 2,000,000 on" in capsys.readouterr().out
+
+
+def test_a_server_that_cannot_go_on(address, tmp_path):
+    (tmp_path / "set.tar.part").write_bytes(CONTENT[:1000])
+    assert common.download(f"{address}/whole", tmp_path / "set.tar").read_bytes() == CONTENT
+    (tmp_path / "other.tar.part").write_bytes(CONTENT + b"more")
+    with pytest.raises(InputError, match="416"):
+        common.download(f"{address}/file", tmp_path / "other.tar")
+    assert common.download(f"{address}/file", tmp_path / "other.tar").read_bytes() == CONTENT
+
+
+def test_what_is_not_the_file_is_refused(address, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="its checksum is .*, not 00000000"):
+        common.download(f"{address}/file", tmp_path / "set.tar", "0" * 32)
+    with pytest.raises(InputError, match="404"):
+        common.download(f"{address}/nothing", tmp_path / "set.tar")
+    with pytest.raises(InputError, match="cannot download http://127.0.0.1:9/"):
+        common.download("http://127.0.0.1:9/set.tar", tmp_path / "set.tar")
+    monkeypatch.setattr(Handler, "archives", {"/page": b"<html>"})
+    monkeypatch.setattr(Handler, "kinds", {"/page": "text/html"})
+    with pytest.raises(InputError, match="a page, not the file"):
+        common.download(f"{address}/page", tmp_path / "set.tar")
+    assert names(tmp_path) == []
+
+
+def test_imagenet_c_comes_in_parts_and_goes_on_with_the_missing_ones(address, tmp_path, monkeypatch, capsys):
+    make_imagenet(tmp_path / "made")
+    packed, entries = {}, []
+    for number, name in enumerate(("fog", "snow")):
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w") as archive:
+            archive.add(tmp_path / "made" / "imagenet-c" / name, name)
+        packed[f"/{number}.tar"] = stream.getvalue()
+        entries.append((f"{number}.tar", hashlib.md5(stream.getvalue()).hexdigest(), name))
+    monkeypatch.setitem(common.ARCHIVES, "imagenet-c", entries)
+    monkeypatch.setattr(common, "ZENODO", f"{address}/")
+    monkeypatch.setattr(
+        sys, "argv", ["common.py", "--download", "imagenet-c", "--data-root", str(tmp_path / "data")]
+    )
+    monkeypatch.setattr(Handler, "archives", {"/0.tar": packed["/0.tar"]})
+    with pytest.raises(InputError, match="1.tar.*404"):
+        common.main()
+    assert names(tmp_path / "data" / "imagenet-c") == ["fog"]
+    monkeypatch.setattr(Handler, "archives", packed)
+    common.main()
+    assert (
+        names(tmp_path / "data" / "imagenet-c") == ["fog", "snow"] and "is there" in capsys.readouterr().out
+    )
+    assert [path for path, _ in Handler.asked].count("/0.tar") == 1
+    for entry in entries:
+        (tmp_path / "data" / "imagenet-c" / entry[2]).rename(tmp_path / entry[2])
+    monkeypatch.setattr(Handler, "archives", {"/0.tar": b"no archive"})
+    monkeypatch.setitem(
+        common.ARCHIVES, "imagenet-c", [("0.tar", hashlib.md5(b"no archive").hexdigest(), "fog")]
+    )
+    with pytest.raises(InputError, match="0.tar cannot be unpacked"):
+        common.main()
+    assert names(tmp_path / "data" / "imagenet-c") == ["0.tar"]
+
+
+def test_a_dry_run_downloads_nothing(address, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{address}/file")
+    with pytest.raises(InputError, match="cifar-10-batches-py"):
+        run_here(
+            "advaa",
+            "--dataset",
+            "cifar10",
+            "--data-root",
+            tmp_path,
+            "--dry-run",
+            "--run-dir",
+            tmp_path / "run",
+        )
+    assert Handler.asked == [] and names(tmp_path) == []
