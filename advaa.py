@@ -561,14 +561,21 @@ def print_results(results: dict, directory: Path) -> None:
     print(f"\n{results['method']} ({results['model']}), error (%)\n")
     for name, error in rows.items():
         print(f"{name:32s}{error:8.2f}")
-    print(f"\n{results['controller']}\n{results['protocol']}\n{results['wall_seconds']} s; {directory}")
+    first, last, collapsed = results["controller"].values()
+    if last is not None:
+        print(f"\nentropy {first:.2f} → {last:.2f} of the largest: {'' if collapsed else 'not '}collapsed")
+    print(f"\n{results['protocol']}\n{results['wall_seconds']} s; {directory}")
 
 
 def draw_pictures(
-    directory: Path, title: str, records: list[dict], images: Tensor | None, M: int, *how: object
+    directory: Path, title: str, history: list, records: list, images: Tensor | None, M: int, *how: object
 ) -> None:
-    """views.png of images uint8 (b, 3, H, W), augmented with `how`; policies.png: each op's share and
-    strength."""
+    """curves.png; views.png of images uint8 (b, 3, H, W), augmented with `how`; policies.png: each op's
+    share and strength."""
+    with common.figure(directory / "curves.png", 1, 2, (10, 4), title) as ((left, right),):
+        common.curves(left, history, {"entropy": "entropy, of the largest", "loss": "training loss"})
+        errors = {"train_error": "training views", "val_error": "validation images"}
+        common.curves(right, history, errors, ylabel="top-1 error (%)")
     if images is not None:
         draws = torch.rand(len(images), M, DRAWS, generator=Generator().manual_seed(0))
         views = augment(images, images, torch.arange(len(images)), draws, *how)
@@ -730,7 +737,7 @@ def main() -> None:
         title = f"{method} on {args.dataset}, {args.model}, seed {args.seed}"
         last = policies_of(records[-1]) if records else None
         how = (menu_of(args.policy, last, M, args.dataset, size), crop, args.cutout)
-        draw_pictures(run.directory, title, records, images, M, *how)
+        draw_pictures(run.directory, title, history, records, images, M, *how)
     results = run.finish(results)
     if machine.is_main:
         print_results(results, run.directory)
