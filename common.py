@@ -1408,7 +1408,16 @@ def build_model(name: str, num_classes: int, dataset: str) -> nn.Module:
     """
     statistics = STATISTICS[normalisation(dataset, name)]
     if name not in MODELS or (name == "student" and dataset not in SMALL):
-        return torchvision_model("resnet18" if name == "student" else name, num_classes, *statistics)
+        model = torchvision_model("resnet18" if name == "student" else name, num_classes, *statistics)
+        side = 32 if dataset in NUM_CLASSES else FAKE_SHAPE[-1] if dataset == "fake" else 224
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, 3, side, side))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise InputError(
+                f"model '{name}' does not take {side} px images ({error}): choose another"
+            ) from error
+        return model.train()
     constructor, published, slim = MODELS[name]
     model = constructor(num_classes, **(slim if dataset in SMALL else published))
     return normalise_inside(model, *statistics) if name in RESNETS else model  # the others do it themselves
