@@ -63,42 +63,12 @@ def published(given: argparse.Namespace) -> dict:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common.Parser(description=__doc__)
+    parser = common.Parser(SETTINGS, description=__doc__)
+    parser.set_defaults(checkpoint_every=10)
     # fmt: off
-    add = parser.add_argument_group("run").add_argument
-    add("--seed", type=number(int, 0), default=0, help="of everything random in the method")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
-        help="auto takes a GPU where there is one")
-    add("--amp", action="store_true", help="mixed precision: bfloat16, or float16 on GPUs without it")
-    add("--compile", action="store_true", help="torch.compile the networks")
-    add("--run-dir", "--logdir", dest="run_dir", metavar="DIR",
-        help="where the run is written (default: runs/…)")
-    add("--resume", action="store_true", help="continue what --run-dir holds")
-    add("--checkpoint-every", type=number(int, 1), default=10, metavar="EPOCHS",
-        help="epochs between checkpoints")
-    add("--checkpoint-minutes", type=number(float, 0, open_low=True), default=10.0, metavar="MIN",
-        help="and minutes, within an epoch")
-    add("--log-every", type=number(int, 1), default=10, metavar="STEPS",
-        help="steps between lines of log.jsonl")
-    add("--load-conf", metavar="FILE",
-        help="defaults from the args.json of an earlier run, or any JSON of flags")
-    add("-e", "--evaluate", nargs="?", const=True, default=False, type=common.boolean,
-        help="only evaluate: the run of --run-dir again, or --model with --weights")
-    add("--dry-run", action="store_true", help="one small step of every phase, same outputs")
-    add("--local-rank", type=int, help=argparse.SUPPRESS)
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=tuple(SETTINGS), default="digits", type=common.dataset_name,
-        help="digits comes with the repository")
-    add("--data-root", default="data", metavar="DIR",
-        help="where the data sets lie; of --dataset folder your train/ and val/ or test/")
-    add("--corruptions-path", metavar="DIR",
-        help="the corrupted test set (default: CIFAR-10-C, imagenet-c, … in --data-root)")
-    add("--generate-corruptions", action="store_true",
-        help="make the 15 corruptions where the published ones are not on disk")
-    add("--workers", type=number(int, 0), help="processes that decode pictures, at most one per core")
+    add = parser.data.add_argument
     add("--num-train", type=number(int, 1), metavar="N", help="balanced over classes (digits: 100, else all)")
     add("--validation", action=argparse.BooleanOptionalAction, help="hold out a tenth (default: digits)")
-    add("--eval-split", choices=("val", "test"), default="test", help="what is evaluated")
     add = parser.add_argument_group("model").add_argument
     add("--model", help="wresnet28_10, shake26_2x96d, pyramid272, resnet50, …, or one of torchvision's")
     add("--weights", metavar="FILE", help="to start from, or evaluate: a file, or a published name")

@@ -1820,11 +1820,45 @@ RATES = ("lr", "weight_decay", "controller_lr", "generator_lr")
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, defaults in the help, and two spellings: --num-samples,
-    --num_samples."""
+    --num_samples. With the names of `datasets`: the flags that all scripts share, in the groups `run` and
+    `data`, to which a script adds its own."""
 
-    def __init__(self, **keywords):
+    def __init__(self, datasets: Iterable[str] = (), **keywords):
         formatter = functools.partial(HelpFormatter, max_help_position=28, width=110)
         super().__init__(formatter_class=formatter, allow_abbrev=False, **keywords)
+        if not datasets:
+            return
+        # fmt: off
+        self.run, self.data = self.add_argument_group("run"), self.add_argument_group("data")
+        add = self.run.add_argument
+        add("--seed", type=number(int, 0), default=0, help="of everything random in the method")
+        add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
+        add("--amp", action="store_true", help="mixed precision: bfloat16, or float16 on GPUs without it")
+        add("--compile", action="store_true", help="torch.compile the networks")
+        add("--run-dir", "--logdir", metavar="DIR", help="where the run is written (default: runs/…)")
+        add("--resume", action="store_true", help="continue what --run-dir holds")
+        add("--checkpoint-every", type=number(int, 1), metavar="EPOCHS", help="epochs between checkpoints")
+        add("--checkpoint-minutes", type=number(float, 0, open_low=True), default=10.0, metavar="MIN",
+            help="and minutes, within an epoch")
+        add("--log-every", type=number(int, 1), default=10, metavar="STEPS",
+            help="steps between lines of log.jsonl")
+        add("--load-conf", metavar="FILE", help="defaults: an earlier run's args.json, or any JSON of flags")
+        add("-e", "--evaluate", nargs="?", const=True, default=False, type=boolean,
+            help="only evaluate: the run of --run-dir, or the weights that are given")
+        add("--dry-run", action="store_true", help="one small step of every phase, same outputs")
+        add("--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch
+        add = self.data.add_argument
+        add("--dataset", choices=tuple(datasets), type=dataset_name, default="digits",
+            help="digits comes with the repository")
+        add("--data-root", default="data", metavar="DIR",
+            help="where the data sets lie; of --dataset folder your train/ and val/ or test/")
+        add("--corruptions-path", "--imagenetc-path", metavar="DIR",
+            help="the corrupted test set (default: CIFAR-10-C, imagenet-c, … in --data-root)")
+        add("--generate-corruptions", action="store_true",
+            help="make the 15 corruptions where the published ones are not on disk")
+        add("-j", "--workers", type=number(int, 0), help="processes that decode pictures, at most one per core")
+        add("--eval-split", "--target-split", choices=("val", "test"), default="test", help="what is evaluated; val: to tune on")
+        # fmt: on
 
     def error(self, message: str):
         sys.stderr.write(f"{self.prog}: error: {one_line(message)} (see --help)\n")

@@ -68,51 +68,20 @@ def published(given: argparse.Namespace) -> dict:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser, count, positive = (
-        common.Parser(description=__doc__),
-        number(int, 1),
-        number(float, 0, open_low=True),
-    )
+    parser, count = common.Parser(SETTINGS, description=__doc__), number(int, 1)
+    positive = number(float, 0, open_low=True)
+    parser.set_defaults(checkpoint_every=1, dataset=None)
     # fmt: off
-    add = parser.add_argument_group("run").add_argument
-    add("--seed", type=number(int, 0), default=0, help="of everything random in the method")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
-        help="auto takes a GPU where there is one")
-    add("--amp", action="store_true", help="mixed precision: bfloat16, or float16 on GPUs without it")
-    add("--compile", action="store_true", help="torch.compile the networks")
-    add("--run-dir", metavar="DIR", help="where the run is written (default: runs/…)")
-    add("--resume", action="store_true", help="continue what --run-dir holds")
-    add("--checkpoint-every", type=number(int, 1), default=1, metavar="EPOCHS",
-        help="epochs between checkpoints")
-    add("--checkpoint-minutes", type=number(float, 0, open_low=True), default=10.0, metavar="MIN",
-        help="and minutes, within an epoch")
-    add("--log-every", type=number(int, 1), default=10, metavar="STEPS",
-        help="steps between lines of log.jsonl")
-    add("--load-conf", metavar="FILE",
-        help="defaults from the args.json of an earlier run, or any JSON of flags")
-    add("-e", "--evaluate", nargs="?", const=True, default=False, type=common.boolean,
-        help="only evaluate: the run of --run-dir, --weights or --model-name; report in Results/")
-    add("--model-name", choices=("clean", *common.RELEASES, "Gauss_single"), help="(default: clean)",
-        type=lambda name: name.replace("-", "+"))  # ANT-SIN
-    add("--dry-run", action="store_true", help="one small step of every phase, same outputs")
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=tuple(SETTINGS), type=common.dataset_name,
-        help="digits comes with the repository (default: digits; imagenet where its folder is named)")
-    add("--data-root", default="data", metavar="DIR",
-        help="where the data sets lie; of --dataset folder your train/ and val/ or test/")
-    add("--corruptions-path", "--imagenetc-path", metavar="DIR",
-        help="the corrupted test set (default: CIFAR-10-C, imagenet-c, … in --data-root)")
-    add("--generate-corruptions", action="store_true",
-        help="make the 15 corruptions where the published ones are not on disk")
-    add("-j", "--workers", type=number(int, 0), help="processes that decode pictures, at most one per core")
-    add("--datadir-clean", metavar="DIR", help="ImageNet (default: imagenet in --data-root)")
+    add = parser.data.add_argument
+    add("--datadir-clean", metavar="DIR", help="ImageNet (default: imagenet in --data-root), --dataset's default")
     add("--datadir-sin", metavar="DIR", help="Stylized-ImageNet (default: sin in --data-root)")
     add("-tb", "--test-batch-size", type=count, default=256, help="images per batch of an evaluation")
-    add("--eval-split", choices=("val", "test"), default="test", help="what is evaluated")
     add = parser.add_argument_group("model").add_argument
     add("--model", "--arch", type=lambda name: name.replace("inceptionV3", "inception_v3"),
         help="resnext, wideresnet, resnet50, … or one of torchvision's")
     add("--weights", metavar="FILE", help="to start from, or evaluate: a file, or a published name")
+    add("--model-name", choices=("clean", *common.RELEASES, "Gauss_single"), help="to evaluate (default: clean)",
+        type=lambda name: name.replace("-", "+"))  # ANT-SIN
     add = parser.add_argument_group("method", "defaults by data set").add_argument
     add("--mode", choices=MODES, default="ANT",
         help="noise in training; SIN adds stylised images; clean evaluates the weights as they are")

@@ -83,7 +83,6 @@ NAMES = tuple(TRANSFORMS)
 TRANSFORM_SETS = {"geometry": NAMES[:4], "color": NAMES[4:], "full": NAMES}
 BACKBONES = ("resnet18", "resnet34", *(f"efficientnet-b{number}" for number in range(4)))
 ESTIMATORS = ("vanilla", "surrogate", "whitebox")
-REGULARISERS = ("none", "test", *common.CORRUPTIONS)
 REG_WEIGHT = 0.1  # of the consistency regulariser
 REG_IMAGES, CURVE_IMAGES = 3000, 250  # that it, and the curves, are computed on, at most
 # Of CheXpert, those that are scored
@@ -91,135 +90,49 @@ FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Ef
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common.Parser(description=__doc__)
-    add = parser.add_argument_group("run").add_argument
-    add("--seed", type=number(int, 0), default=0, help="of everything random in the method")
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto takes a GPU where there is one",
-    )
-    add("--amp", action="store_true", help="mixed precision: bfloat16, or float16 on GPUs without it")
-    add("--compile", action="store_true", help="torch.compile the networks")
-    add("--run-dir", metavar="DIR", help="where the run is written (default: runs/…)")
-    add("--resume", action="store_true", help="continue what --run-dir holds")
-    add("--checkpoint-every", type=number(int, 1), metavar="EPOCHS", help="epochs between checkpoints")
-    add(
-        "--checkpoint-minutes",
-        type=number(float, 0, open_low=True),
-        default=10.0,
-        metavar="MIN",
-        help="and minutes, within an epoch",
-    )
-    add(
-        "--log-every",
-        type=number(int, 1),
-        default=10,
-        metavar="STEPS",
-        help="steps between lines of log.jsonl",
-    )
-    add(
-        "--load-conf",
-        metavar="FILE",
-        help="defaults from the args.json of an earlier run, or any JSON of flags",
-    )
-    add("-e", "--evaluate", nargs="?", const=True, default=False, type=common.boolean, help="only evaluate")
-    add(
-        "--predict",
-        metavar="FOLDER",
-        help="only classify its pictures, with and without the policy: predictions.csv",
-    )
+    parser = common.Parser(SETTINGS, description=__doc__)
+    # fmt: off
+    add = parser.run.add_argument
+    add("--predict", metavar="FOLDER",
+        help="only classify its pictures, with and without the policy: predictions.csv")
     add("--export", metavar="FILE.pt2", help="write policy, transforms, classifier as a torch.export program")
-    add("--dry-run", action="store_true", help="one small step of every phase, same outputs")
-    add = parser.add_argument_group("data").add_argument
-    add(
-        "--dataset",
-        choices=tuple(SETTINGS),
-        default="digits",
-        type=common.dataset_name,
-        help="digits comes with the repository",
-    )
-    add(
-        "--data-root",
-        default="data",
-        metavar="DIR",
-        help="where the data sets lie; of --dataset folder your train/ and val/ or test/",
-    )
-    add(
-        "--corruptions-path",
-        metavar="DIR",
-        help="the corrupted test set (default: CIFAR-10-C, imagenet-c, … in --data-root)",
-    )
-    add(
-        "--generate-corruptions",
-        action="store_true",
-        help="make the 15 corruptions where the published ones are not on disk",
-    )
-    add("--workers", type=number(int, 0), help="processes that decode pictures, at most one per core")
+    add = parser.data.add_argument
     add("--train-on", choices=("target", "augmented"), help="the target domain, or augmented training images")
     add("--proportion", type=number(float, 0, 1, True, True), default=0.2, help="share of it to train on")
-    add(
-        "--target-split", choices=("val", "test"), default="test", help="what is evaluated; val is for tuning"
-    )
     add("--uncertain", choices=("ones", "zeros", "ignore"), default="ones", help="what CheXpert's count as")
-    add_method(parser)
+    add = parser.add_argument_group("model").add_argument
+    add("--model", help="the frozen classifier: resnext, wideresnet, or a name of torchvision's")
+    add("--weights", metavar="FILE", help="its checkpoint, or a name of weights/README.md")
+    add("--blackbox", metavar="FILE",
+        help="a program in its place, which is run, so trust it: ONNX, torch.export (.pt2) or TorchScript")
+    add("--weights-policy", metavar="FILE", help="a run's checkpoint.pt to --evaluate or --predict with")
+    add("--student", metavar="FILE", help="of --est surrogate (default: shipped, else distilled)")
+    add("--policy", choices=BACKBONES, default="resnet18", help="backbone of the policy")
+    add("--init", choices=("zero", "stochastic"), default="zero",
+        help="the policy's head: zero starts as the identity")
+    add("--sigmoid", action=argparse.BooleanOptionalAction, default=False, help="squash levels, not clip them")
+    add = parser.add_argument_group("method").add_argument
+    add("--est", choices=ESTIMATORS, default="vanilla", help="antithetic ES, Guided ES, or the true gradient")
+    add("--transform", choices=tuple(TRANSFORM_SETS), default="geometry",
+        help="geometry: 4 levels, color: 3, full: 7")
+    add("--num-samples", type=number(int, 1), default=12, metavar="P", help="antithetic pairs per image")
+    add("--sigma", type=number(float, 0, open_low=True), default=0.1, help="scale of the perturbations")
+    add("--alpha", type=number(float, 0, 1), default=0.5, help="surrogate: share of isotropic noise")
+    add("--beta", type=number(float, 0, open_low=True), default=1.0, help="scale of the estimated gradient")
+    add("--reg", choices=("none", "test", *common.CORRUPTIONS), default="none", metavar="none|test|CORRUPTION",
+        help="target images, or a corruption, to be consistent on")
+    add("--steps", type=number(int, 1, 16), default=1, help="times the policy is applied at test time")
+    add = parser.add_argument_group("optimiser", "defaults by data set").add_argument
+    add("--opt", choices=tuple(OPTIMIZERS), help="optimiser of the policy")
+    add("--lr", type=number(float, 0, open_low=True), help="cosine to zero")
+    add("--epochs", type=number(int, 1), help="passes over the training part")
+    add("--batch-size", type=number(int, 1), help="images per step over all ranks")
+    # fmt: on
     args = parser.parse(argv, lambda given: settings(given.dataset, given.est), from_source)
     for message in mistakes(args):
         parser.error(message)
     args.model = Path(args.blackbox).stem if args.blackbox else args.model  # names the run
     return args
-
-
-def add_method(parser: common.Parser) -> None:
-    add = parser.add_argument_group("model").add_argument
-    add("--model", help="the frozen classifier: resnext, wideresnet, or a name of torchvision's")
-    add("--weights", metavar="FILE", help="its checkpoint, or a name of weights/README.md")
-    add(
-        "--blackbox",
-        metavar="FILE",
-        help="a program in its place, which is run, so trust it: ONNX, torch.export (.pt2) or TorchScript",
-    )
-    add("--weights-policy", metavar="FILE", help="a run's checkpoint.pt to --evaluate or --predict with")
-    add("--student", metavar="FILE", help="of --est surrogate (default: shipped, else distilled)")
-    add("--policy", choices=BACKBONES, default="resnet18", help="backbone of the policy")
-    add(
-        "--init",
-        choices=("zero", "stochastic"),
-        default="zero",
-        help="the policy's head: zero starts as the identity",
-    )
-    add(
-        "--sigmoid",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="squash levels rather than clip them",
-    )
-    add = parser.add_argument_group("method").add_argument
-    add("--est", choices=ESTIMATORS, default="vanilla", help="antithetic ES, Guided ES, or the true gradient")
-    add(
-        "--transform",
-        choices=tuple(TRANSFORM_SETS),
-        default="geometry",
-        help="geometry: 4 levels, color: 3, full: 7",
-    )
-    add("--num-samples", type=number(int, 1), default=12, metavar="P", help="antithetic pairs per image")
-    add("--sigma", type=number(float, 0, open_low=True), default=0.1, help="scale of the perturbations")
-    add("--alpha", type=number(float, 0, 1), default=0.5, help="surrogate: share of isotropic noise")
-    add("--beta", type=number(float, 0, open_low=True), default=1.0, help="scale of the estimated gradient")
-    add(
-        "--reg",
-        choices=REGULARISERS,
-        default="none",
-        metavar="none|test|CORRUPTION",
-        help="target images, or a corruption, to be consistent on",
-    )
-    add("--steps", type=number(int, 1, 16), default=1, help="times the policy is applied at test time")
-    add = parser.add_argument_group("optimiser").add_argument
-    add("--opt", choices=tuple(OPTIMIZERS), help="optimiser of the policy (default: by data set)")
-    add("--lr", type=number(float, 0, open_low=True), help="cosine to zero (default: by data set)")
-    add("--epochs", type=number(int, 1), help="passes over the training part (default: by data set)")
-    add("--batch-size", type=number(int, 1), help="images per step over all ranks (default: by data set)")
 
 
 def settings(dataset: str, est: str) -> dict:
@@ -233,8 +146,8 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
         yield f"--train-on {args.train_on}: {args.dataset} has no such set; choose the other"
     if target and (args.corruptions_path or args.generate_corruptions):
         yield "--corruptions-path and --generate-corruptions belong to --train-on augmented"
-    if not target and (args.reg, args.target_split) == ("test", "val"):
-        yield "--reg test --target-split val: the regulariser would see the images that are evaluated"
+    if not target and (args.reg, args.eval_split) == ("test", "val"):
+        yield "--reg test --eval-split val: the regulariser would see the images that are evaluated"
     if args.dataset in ("folder", "chexpert") and not (args.weights or program):
         yield f"--dataset {args.dataset} needs a classifier: give --weights or --blackbox"
     if program and (args.weights or args.est == "whitebox"):
@@ -1040,7 +953,7 @@ def main() -> None:
     machine = common.start_machine(args.device, args.amp, args.seed)
     using, num_levels = bool(args.evaluate or args.predict), len(TRANSFORM_SETS[args.transform])
     only_predict = args.predict and not (args.evaluate or args.export)
-    where = {"data_root": args.data_root, "machine": machine, "split": args.target_split}
+    where = {"data_root": args.data_root, "machine": machine, "split": args.eval_split}
     where |= {"workers": 0 if args.dry_run else machine.workers(args.workers), "dry_run": args.dry_run}
     if only_predict and not args.weights_policy:  # a run knows what its classifier takes: no data are needed
         known = common.read_checkpoint(Path(args.run_dir))["progress"]

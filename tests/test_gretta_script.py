@@ -24,7 +24,7 @@ import common
 import gretta
 
 # 170 images to evaluate on, 7 steps an epoch
-SMALL = ("--target-split", "val", "--proportion", 0.9, "--batch-size", 240, "--num-samples", 1, "--epochs", 2)
+SMALL = ("--eval-split", "val", "--proportion", 0.9, "--batch-size", 240, "--num-samples", 1, "--epochs", 2)
 RESNEXT, STUDENT = common.WEIGHTS / "digits-resnext.pt", common.WEIGHTS / "digits-resnext-student.pt"
 
 
@@ -80,7 +80,7 @@ def test_evaluate_repeats_the_accuracy_and_applies_more_steps(run, tmp_path):
     run_here("gretta", "--evaluate", "--run-dir", run)
     assert results_of(run) == before  # the times too are those of the run
     assert sum("test_gretta" in line for line in log_of(run)) == 1
-    for flags in (("--target-split", "test"), ("--steps", 2), ("--est", "whitebox"), ("--weights", RESNEXT)):
+    for flags in (("--eval-split", "test"), ("--steps", 2), ("--est", "whitebox"), ("--weights", RESNEXT)):
         refused(run, "gretta.py", "--evaluate", "--run-dir", run, *flags, names=(f"{flags[0]} ", run))
     again = run_here("gretta", "--resume", "--run-dir", run, "--lr", 1e-5)
     assert "five_crop" in again and results_of(run) == before

@@ -404,7 +404,7 @@ def test_the_table_refuses_two_runs_of_one_seed_that_differ(tmp_path):
 
 # Small runs of some seconds, on validation digits, with checkpoints within the epochs
 SMALL = {
-    "gretta": "--target-split val --proportion 0.1 --batch-size 20 --num-samples 2 --epochs 6 --log-every 3 "
+    "gretta": "--eval-split val --proportion 0.1 --batch-size 20 --num-samples 2 --epochs 6 --log-every 3 "
     "--checkpoint-every 2 --opt sgd --lr 0.01 --reg test --checkpoint-minutes 0.008",
     "advaa": "--eval-split val --num-train 60 --epochs 8 --batch-size 10 --M 3 --Q 2 --controller-lr 0.05 "
     "--checkpoint-every 2 --log-every 4 --model shake26_2x32d --checkpoint-minutes 0.008",
