@@ -618,7 +618,7 @@ def main() -> None:
     replayed = read_policies(args.replay, args.epochs, M, args.Q) if replays else []
 
     method, origin, file = args.policy, "untrained", Path(args.weights or "")
-    classifier = common.build_model(args.model, sets.num_classes, args.dataset)
+    classifier = common.build_model(args.model, len(sets.classes), args.dataset)
     if args.weights and not common.has_checkpoint(args.run_dir):
         how = (args.weights, machine, args.data_root, args.dry_run)
         origin = common.load_classifier(classifier, args.model, args.dataset, *how)
@@ -648,7 +648,7 @@ def main() -> None:
 
     sampled, places = None, torch.arange(args.batch_size)
     batches = sets.train.batches(args.batch_size, args.seed, run.step, crop=True) if sets.train else ()
-    for step, (images, labels, pool) in run.steps(batches, args.epochs, steps_per_epoch):
+    for step, (images, labels, pool) in run.steps(batches, args.epochs * steps_per_epoch, steps_per_epoch):
         epoch, batch = divmod(step, steps_per_epoch)
         if epoch != sampled:  # as (seed, epoch) and the controller have it
             sampled, draws = epoch, Generator().manual_seed(common.mix("policies", args.seed, epoch))

@@ -12,8 +12,10 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import shutil
@@ -325,6 +327,16 @@ def read_published(dataset: str, train: bool, data_root: str | Path, download: b
         raise InputError(f"{folder} is missing or damaged ({error}): {advice}") from error
 
 
+def class_names(dataset: str, data_root: str | Path) -> list[str]:
+    """Of one of NUM_CLASSES, as torchvision has them; digits are their numbers."""
+    from torchvision import datasets
+
+    if dataset.startswith("cifar"):
+        return getattr(datasets, TORCHVISION[dataset])(data_root, train=False).classes
+    digits = [str(number) for number in range(NUM_CLASSES[dataset])]
+    return datasets.FashionMNIST.classes if dataset == "fashion_mnist" else digits
+
+
 def read_idx(file: Path) -> Tensor:
     """A file of MNIST's format, gzipped (.gz) or not."""
     from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
@@ -418,7 +430,7 @@ class Sets(NamedTuple):
     val: Data | None
     test: Data
     corruptions: Corruptions | None
-    num_classes: int
+    classes: list[str]  # their names
     notes: list[str]  # what is left out for want of files
 
 
@@ -452,15 +464,16 @@ def load_sets(
     if dataset == "fake":
         count, num_classes, *shape = FAKE_SHAPE
         parts = [Images(*fake_images(size, num_classes, *shape), machine) for size in (count, 32, 32)]
+        classes = [str(number) for number in range(num_classes)]
     elif dataset in NUM_CLASSES:
-        num_classes = NUM_CLASSES[dataset]
         machine.on_main(lambda: load_split(dataset, "test", data_root, not dry_run))  # downloads
         parts = [Images(*load_split(dataset, part, data_root, False), machine) for part in SPLITS]
+        classes = class_names(dataset, data_root)
         if not validation and dataset != "digits":  # as published: all training images
             parts[0] = Images(*map(torch.cat, zip(parts[0].tensors(), parts[1].tensors())), machine)
     else:
         parts = find_folders(dataset, data_root, clean_directory, machine, workers, train or split == "val")
-        num_classes = len(parts[2].classes)
+        classes = parts[2].classes
         if parts[1] is None and parts[0] is not None and validation:
             chosen = held_out(parts[0].labels)
             parts[:2] = [parts[0].part(rows.nonzero()[:, 0]) for rows in (~chosen, chosen)]
@@ -485,7 +498,7 @@ def load_sets(
             found, notes = Corruptions(parts[2].corrupted, source, CORRUPTIONS), []
     if found and dry_run:
         found = found._replace(read=lambda name, severity, read=found.read: read(name, severity).take(1))
-    return Sets(*parts, found, num_classes, notes)
+    return Sets(*parts, found, classes, notes)
 
 
 def fake_images(count: int, num_classes: int, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -1624,6 +1637,117 @@ def train_classifier(name: str, dataset: str, machine: "Machine", data_root: str
     return model.eval()
 
 
+# ---------- Black boxes: programs of which only the answers are known ----------
+
+
+class Program(nn.Module):
+    """Images (B, 3, H, W) in [0, 1] to logits (B, num_classes), by a program, asked in float32 without gradients.
+
+    file: FILE.py:function, from a NumPy array to one, ONNX, torch.export (.pt2) or TorchScript. Probabilities
+    are recognised, and their logarithm taken; a batch size that the file fixes is kept to. Raises InputError
+    where it cannot be loaded, and for a query that fails.
+    """
+
+    def __init__(self, file: str, num_classes: int, size: int, device: torch.device):
+        super().__init__()
+        self.file, self.num_classes, self.batch_size, self.probabilities = file, num_classes, None, False
+        place, colon, _ = file.rpartition(":")
+        if not Path(place if colon else file).is_file():
+            raise InputError(f"--blackbox {file}: no such file")
+        kinds = {".onnx": self.load_onnx, ".pt2": self.load_exported}
+        load = self.load_python if colon else kinds.get(Path(file).suffix, self.load_torchscript)
+        try:
+            with warnings_off():
+                self.query = load(file, device)
+        except Exception as error:  # each library has errors of its own
+            advice = "a checkpoint goes to --weights"
+            raise InputError(
+                f"--blackbox {file} cannot be loaded: {short_reason(error)}; {advice}"
+            ) from error
+        for count in (2, 3):  # two batch sizes: a program may be made for one
+            draws = torch.Generator().manual_seed(0)
+            answers = self(torch.rand(count, 3, size, size, generator=draws))
+        self.probabilities = bool((answers >= 0).all() and (answers.sum(1) - 1).abs().max() < 1e-3)
+        self.origin = file + ", which answers probabilities: their logarithm is taken" * self.probabilities
+
+    def load_python(self, place: str, _: torch.device) -> Callable:
+        return load_function(place)
+
+    def load_onnx(self, file: str, device: torch.device) -> Callable:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 4  # its errors are raised too
+        cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and device.type == "cuda"
+        providers = [("CUDAExecutionProvider", {"device_id": device.index})] * cuda + ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(file, options, providers=providers)
+        given = session.get_inputs()[0]
+        self.batch_size = given.shape[0] if isinstance(given.shape[0], int) else None
+        last, integer = given.shape[-1] == 3 != given.shape[1], given.type == "tensor(uint8)"
+
+        def query(images: np.ndarray) -> np.ndarray:
+            images = (images * 255).round().astype(np.uint8) if integer else images
+            images = np.ascontiguousarray(images.transpose(0, 2, 3, 1)) if last else images
+            answers, wanted = session.run(None, {given.name: images}), (len(images), self.num_classes)
+            return next((answer for answer in answers if answer.shape == wanted), answers[0])
+
+        return query
+
+    def load_exported(self, file: str, device: torch.device) -> Callable:
+        from torch.export.passes import move_to_device_pass
+
+        logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs what it then raises
+        program = move_to_device_pass(torch.export.load(file), str(device))
+        name = program.graph_signature.user_inputs[0]
+        (count,) = (node.meta["val"].shape[0] for node in program.graph.nodes if node.name == name)
+        self.batch_size = count if isinstance(count, int) else None
+        module = program.module()
+        return lambda images: module(torch.from_numpy(images).to(device)).cpu().numpy()
+
+    def load_torchscript(self, file: str, device: torch.device) -> Callable:
+        module = torch.jit.load(file, map_location=device).eval()
+        return lambda images: module(torch.from_numpy(images).to(device)).cpu().numpy()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        given, found = images.float().contiguous().cpu().numpy(), []
+        count = self.batch_size or len(given)
+        for start in range(0, len(given), count):
+            part = given[start : start + count]
+            part, wanted = part[np.arange(count) % len(part)], (count, self.num_classes)  # filled up
+            try:
+                with torch.autocast(images.device.type, enabled=False):
+                    answers = np.asarray(self.query(part), dtype=np.float32)
+                if answers.shape != wanted or not np.isfinite(answers).all():
+                    raise ValueError(f"it gives {answers.shape}, or no numbers, and not finite {wanted}")
+            except Exception as error:  # whatever it raises, time-outs too
+                asked = f"asked for {count} images ({', '.join(map(str, part.shape[1:]))})"
+                raise InputError(f"--blackbox {self.file}, {asked}: {short_reason(error)}") from error
+            found.append(torch.from_numpy(answers[: len(given) - start]))
+        logits = torch.cat(found).to(images.device)
+        return logits.clamp_min(1e-12).log() if self.probabilities else logits
+
+
+def load_function(place: str) -> Callable:
+    """The function that FILE.py:function names; the file is run. Raises InputError."""
+    file, _, name = place.rpartition(":")
+    try:
+        sys.path.append(str(Path(file).resolve().parent))  # for what it imports
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+    except Exception as error:  # whatever the file raises
+        raise InputError(f"{place} is not FILE.py:function ({error!r})") from error
+
+
+def short_reason(error: Exception) -> str:
+    """The line of a library's error that says why: the first, but the last of TorchScript's traces."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return lines[-1 if "TorchScript interpreter" in lines[0] else 0]
+
+
 # ---------- Machine: device, mixed precision, processes; randomness is a function of (seed, step) ----------
 
 
@@ -2100,15 +2224,15 @@ class Run:
         if self.log_file is not None:
             print("\n".join(lines), flush=True)
 
-    def steps(self, batches: Iterable, epochs: int, steps_per_epoch: int) -> Iterator[tuple[int, tuple]]:
-        """(step, batch) from where the run is to the end of its epochs; none where nothing is trained.
+    def steps(self, batches: Iterable, total: int, steps_per_epoch: int) -> Iterator[tuple[int, tuple]]:
+        """(step, batch) from where the run is to `total`; none where nothing is trained.
 
         When the loop's body is through, the step counts: a checkpoint is written when one is due, or a
         signal asked the run to stop. What models draw themselves is seeded by (seed, step, rank).
         """
         from tqdm import tqdm
 
-        total, args, machine, batches = epochs * steps_per_epoch, self.args, self.machine, iter(batches)
+        args, machine, batches = self.args, self.machine, iter(batches)
         if self.using:
             return
         self.bar = tqdm(total=total, initial=self.step, unit="step", disable=not machine.is_main)

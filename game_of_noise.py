@@ -540,7 +540,7 @@ def main() -> None:
     if named:
         method, final = named_model(args.dataset, args.model, args.model_name, args.weights)
     has_before, about = not named or args.dataset == "digits", (machine, args.data_root, args.dry_run)
-    classifier = common.build_model(args.model, sets.num_classes, args.dataset)
+    classifier = common.build_model(args.model, len(sets.classes), args.dataset)
     classifier.to(machine.device, memory_format=machine.weight_layout)
     load = partial(common.load_classifier, classifier, args.model, args.dataset)
     origin = load(None if named else args.weights, *about) if has_before or not final else None
@@ -567,7 +567,7 @@ def main() -> None:
     batches = sets.train.batches(args.batch_size, args.seed, run.step, crop=True) if sets.train else ()
     if sin:
         stylised = stylised.batches(sin_size, common.mix("sin", args.seed), run.step, crop=True)
-    for step, (images, labels, _) in run.steps(batches, args.epochs, steps_per_epoch):
+    for step, (images, labels, _) in run.steps(batches, args.epochs * steps_per_epoch, steps_per_epoch):
         epoch, batch = divmod(step, steps_per_epoch)
         if batch == 0 and ant:  # how robust is the classifier now? The generator that found out plays on
             how = (args.fresh_iterations, args.fresh_lr, ("fresh", args.seed, epoch))

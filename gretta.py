@@ -23,13 +23,11 @@ eval mode when tested; contrast about the mean; one warp for all geometric trans
 import argparse
 import copy
 import csv
-import io
-import logging
 import math
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,11 +57,7 @@ SETTINGS = {
     "fake": PUBLISHED | {"batch_size": 64},
 }
 DIGITS_WHITEBOX = {"lr": 2e-4, "updates": 300}
-TARGETS = (
-    *common.SMALL,
-    "chexpert",
-    "folder",
-)  # have a labelled target domain; all but chexpert a corruption set
+TARGETS = (*common.SMALL, "chexpert", "folder")  # have a labelled target domain
 OPTIMIZERS = {  # fused: one pass over all weights, four to eight times as fast on a CPU
     "adam": partial(torch.optim.Adam, fused=True),
     "sgd": partial(torch.optim.SGD, fused=True),
@@ -104,8 +98,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", help="the frozen classifier: resnext, wideresnet, or a name of torchvision's")
     add("--weights", metavar="FILE", help="its checkpoint, or a name of weights/README.md")
     add("--blackbox", metavar="FILE",
-        help="a program in its place, which is run, so trust it: ONNX, torch.export (.pt2) or TorchScript")
-    add("--weights-policy", metavar="FILE", help="a run's checkpoint.pt to --evaluate or --predict with")
+        help="a program in its place: FILE.py:function, ONNX, torch.export (.pt2), TorchScript; it is run")
+    add("--weights-policy", metavar="FILE", help="a run's checkpoint.pt to start from, or to --evaluate")
     add("--student", metavar="FILE", help="of --est surrogate (default: shipped, else distilled)")
     add("--policy", choices=BACKBONES, default="resnet18", help="backbone of the policy")
     add("--init", choices=("zero", "stochastic"), default="zero",
@@ -121,6 +115,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--beta", type=number(float, 0, open_low=True), default=1.0, help="scale of the estimated gradient")
     add("--reg", choices=("none", "test", *common.CORRUPTIONS), default="none", metavar="none|test|CORRUPTION",
         help="target images, or a corruption, to be consistent on")
+    add("--max-queries", type=number(int, 1), metavar="N", help="end the training when so many images are asked")
     add("--steps", type=number(int, 1, 16), default=1, help="times the policy is applied at test time")
     add = parser.add_argument_group("optimiser", "defaults by data set").add_argument
     add("--opt", choices=tuple(OPTIMIZERS), help="optimiser of the policy")
@@ -146,41 +141,28 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
         yield f"--train-on {args.train_on}: {args.dataset} has no such set; choose the other"
     if target and (args.corruptions_path or args.generate_corruptions):
         yield "--corruptions-path and --generate-corruptions belong to --train-on augmented"
-    if not target and (args.reg, args.eval_split) == ("test", "val"):
-        yield "--reg test --eval-split val: the regulariser would see the images that are evaluated"
     if args.dataset in ("folder", "chexpert") and not (args.weights or program):
         yield f"--dataset {args.dataset} needs a classifier: give --weights or --blackbox"
-    if program and (args.weights or args.est == "whitebox"):
-        yield f"--blackbox {program} has weights of its own and no gradients: no --weights, no --est whitebox"
-    if args.weights_policy and not using:
-        yield f"--weights-policy {args.weights_policy} is for --evaluate and --predict: add one of them"
+    if program and (args.weights or args.export or args.est == "whitebox"):
+        yield f"--blackbox {program} has its own weights and no gradients: no --weights, whitebox, --export"
     if using and not args.weights_policy and not common.has_checkpoint(args.run_dir):
         file = Path(args.run_dir or "RUN") / "checkpoint.pt"
         yield f"{file} does not exist: name a trained run with --run-dir, or a policy with --weights-policy"
     file = Path(args.export or "new.pt2")
     if file.suffix != ".pt2" or file.exists() or not os.access(file.parent, os.W_OK):
         yield f"--export {file}: name a new file that ends in .pt2, in a directory that can be written to"
-    if args.export and args.resume and Path(args.run_dir or "", "results.json").is_file():
-        yield f"{args.run_dir} holds a finished run: --export goes with --evaluate"
-    if args.export and program and not program.endswith(".pt2"):
-        yield f"--export: of programs only torch.export's can be part of it, not --blackbox {program}"
 
 
 def from_source(values: dict, given: argparse.Namespace) -> dict:
     """A configuration of the published code (CIFAR-100) as flags; others stay as they are."""
-    old = {
-        name: values.get(name)
-        for name in ("augmix", "checkpoints", "paths", "student_paths", "cifar", "cifarc")
-    }
-    if not any(old.values()):
+    if "cifarc" not in values:
         return values
-    found = {"dataset": "cifar100"} | {name: value for name, value in values.items() if name not in old}
-    model = given.model or found.get("model", "resnext")
-    found |= {"data_root": old["cifar"], "corruptions_path": old["cifarc"]}
-    found["weights"] = None if given.blackbox else (old["paths"] or {}).get(model)
-    if "surrogate" in (given.est, found.get("est")):
-        found["student"] = (old["student_paths"] or {}).get(model)
-    return found
+    old = {"augmix", "checkpoints", "paths", "student_paths", "cifar", "cifarc"}
+    model, student = values.get("model", "resnext"), values.get("est") == "surrogate"
+    found = {"dataset": "cifar100", "data_root": values.get("cifar"), "corruptions_path": values["cifarc"]}
+    found["weights"] = values.get("paths", {}).get(given.model or model) if not given.blackbox else None
+    found["student"] = values.get("student_paths", {}).get(given.model or model) if student else None
+    return {name: value for name, value in values.items() if name not in old} | found
 
 
 # ---------- Transforms and policy: images → levels (B, K) in [0, 1] → transformed images ----------
@@ -196,13 +178,9 @@ def transform_images(images: Tensor, levels: Tensor, transform: str) -> Tensor:
     names = TRANSFORM_SETS.get(transform)
     if names is None:
         raise InputError(f"unknown transform '{transform}': choose from {', '.join(TRANSFORM_SETS)}")
-    if levels.shape != (
-        images.shape[0],
-        len(names),
-    ):  # not len(images), which torch.export takes for a constant
-        raise InputError(
-            f"levels are {tuple(levels.shape)}: '{transform}' needs ({len(images)}, {len(names)}) here"
-        )
+    if levels.shape != (images.shape[0], len(names)):  # len(images) would be a constant to torch.export
+        needed = f"'{transform}' needs ({len(images)}, {len(names)}) here"
+        raise InputError(f"levels are {tuple(levels.shape)}: {needed}")
     low, high = common.constant(tuple(TRANSFORMS[name] for name in names), levels).T
     values = dict(zip(names, (low + (high - low) * levels.clamp(0, 1)).unbind(1)))  # name: (B,)
     if transform != "color":
@@ -210,9 +188,7 @@ def transform_images(images: Tensor, levels: Tensor, transform: str) -> Tensor:
         translation = torch.stack([values["translate_x"], values["translate_y"]], dim=1)
         images = common.affine_warp(images, common.affine_matrix(zoom, zoom * translation))
     if transform != "geometry":
-        images = (
-            images.clamp(1e-6, 1) ** values["gamma"][:, None, None, None]
-        )  # a finite slope at black pixels
+        images = images.clamp(1e-6, 1) ** values["gamma"][:, None, None, None]  # finite slope at black
         images = rotate_hue(common.adjust_contrast(images, values["contrast"]), values["hue"])
     return images
 
@@ -344,26 +320,6 @@ def consistency_loss(policy: Callable, images: Tensor, levels: Tensor, transform
     return (policy(moved) - (policy(images) - (levels - 0.5))).square().mean(1).sum()
 
 
-def estimate(
-    est: str,
-    loss: Callable,
-    student_loss: Callable,
-    levels: Tensor,
-    num_samples: int,
-    sigma: float,
-    alpha: float,
-    beta: float,
-    noise: Tensor,
-) -> Tensor:
-    """The gradient (B, K) by the named estimator; noise (P, B, K + 1)."""
-    if est == "whitebox":
-        return beta * true_gradient(loss, levels)
-    if est == "vanilla":
-        return vanilla_gradient(loss, levels, num_samples, sigma, beta, noise[..., :-1])
-    guide = true_gradient(student_loss, levels)
-    return guided_gradient(loss, levels, guide, num_samples, sigma, alpha, beta, noise)
-
-
 def level_loss(
     query: Callable, images: Tensor, labels: Tensor, transform: str, chunk: int, sums: Tensor | None = None
 ) -> Callable:
@@ -409,139 +365,54 @@ class BlackBox:
             return self.classifier(self.machine.layout(images)).float()
 
 
-class Program(nn.Module):
-    """What a file holds, asked in float32, with images of its own, contiguous, whatever is around it."""
-
-    def __init__(self, file: str, query: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.file, self.query = file, [query]  # in a list: eval() would change a submodule
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, enabled=False):
-            return self.query[0](images.to(torch.float32, memory_format=torch.contiguous_format, copy=True))
-
-
-def load_blackbox(file: str, num_classes: int, size: int, device: torch.device) -> Program:
-    """InputError where it cannot be read, or gives no logits (B, num_classes) for B images of this size."""
-    if not Path(file).is_file():
-        raise InputError(f"--blackbox {file}: no such file")
-    load = {".onnx": load_onnx, ".pt2": load_exported}.get(Path(file).suffix, load_torchscript)
-    try:
-        with common.warnings_off():
-            program = Program(file, load(file, device))
-    except Exception as error:  # each library has errors of its own
-        what = f"cannot be read by {load.__name__}: {short_reason(error)}; a checkpoint goes to --weights"
-        raise InputError(f"--blackbox {file} {what}") from error
-    for count in (2, 3):
-        try:
-            given = tuple(program(torch.zeros(count, 3, size, size, device=device)).shape)
-        except Exception as error:
-            given = short_reason(error)
-        if given != (count, num_classes):
-            what = f"gives {given} for images {(count, 3, size, size)}, not logits {(count, num_classes)}"
-            raise InputError(f"--blackbox {file} {what}: it needs these, and a dynamic batch dimension")
-    return program
-
-
-def load_onnx(file: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # its errors are raised too
-    cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and device.type == "cuda"
-    providers = [("CUDAExecutionProvider", {"device_id": device.index})] * cuda + ["CPUExecutionProvider"]
-    session = onnxruntime.InferenceSession(file, options, providers=providers)
-
-    def query(images: Tensor) -> Tensor:
-        (logits,) = session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})
-        return torch.from_numpy(logits).to(images.device)
-
-    return query
-
-
-def load_torchscript(file: str, device: torch.device) -> nn.Module:
-    return torch.jit.load(file, map_location=device).eval()
-
-
-def load_exported(file: str, device: torch.device) -> nn.Module:
-    from torch.export.passes import move_to_device_pass
-
-    logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs what it then raises
-    return move_to_device_pass(torch.export.load(file), str(device)).module()
-
-
-def short_reason(error: Exception) -> str:
-    """The line of a library's error that says why: the first, but the last of TorchScript's traces."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    return lines[-1 if "TorchScript interpreter" in lines[0] else 0]
-
-
-@torch.no_grad()
-def forward_chunk(model: nn.Module, size: int, machine: Machine) -> int:
-    """As Machine.chunk; on a CPU so few images that the largest layer's output stays within 16 MB. InputError
-    for a model that does not take images of this size."""
-    sizes = [1]
-
-    def measure(_module: nn.Module, _inputs: object, output: object) -> None:
-        sizes.append(output.numel() if isinstance(output, Tensor) else 1)
-
-    hooks = [module.register_forward_hook(measure) for module in model.modules()]
-    try:
-        model(torch.zeros(1, 3, size, size, device=machine.device))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(f"--model does not take {size} px images: {short_reason(error)}") from error
-    for hook in hooks:
-        hook.remove()
-    cached = machine.chunk(size, size) if machine.device.type != "cpu" else 2**22 // max(sizes)
-    return max(1, min(machine.chunk(size, size), cached))
-
-
-def load_model(name: str, weights: str, dataset: str, sets: "DataSets", machine: Machine, *where) -> tuple:
-    """A frozen model, and where its weights are from. where: data_root, dry_run."""
-    model = common.build_model(name, sets.num_classes, dataset)
+def load_model(
+    name: str,
+    weights: str | None,
+    program: str | None,
+    dataset: str,
+    sets: "DataSets",
+    machine: Machine,
+    *where,
+) -> tuple[nn.Module, str]:
+    """A frozen model, or program, and where it is from. where: data_root, dry_run."""
+    if program:
+        model = common.Program(program, len(sets.classes), sets.size, machine.device)
+        return model, model.origin
+    model = common.build_model(name, len(sets.classes), dataset)
     origin = common.load_classifier(model, name, dataset, weights, machine, *where)
     return model.to(machine.device, memory_format=machine.weight_layout).eval().requires_grad_(False), origin
 
 
-def shipped_student(dataset: str, model: str, given: str | None) -> str | None:
-    """The student that is shipped, or kept, for a classifier that is not `given`: a file, or a name."""
-    if given or dataset not in (*common.SMALL, "cifar100"):
-        return None
-    file = common.WEIGHTS / f"{dataset}-{model}-student.pt"
-    return f"gretta-{model}-student" if dataset == "cifar100" else str(file)
+def find_student(given: str | None, run_dir: str | None, dataset: str, model: str) -> str | None:
+    """The student that is given, else of the run that goes on, else shipped for the `model` ("": one with
+    weights of the user's); None: one has to be distilled."""
+    files = [given, Path(run_dir or "runs", "student.pt"), common.WEIGHTS / f"{dataset}-{model}-student.pt"]
+    files += [f"gretta-{model}-student"] * (dataset == "cifar100")
+    known = lambda file: file == given or file in common.PUBLISHED_WEIGHTS or Path(file).is_file()
+    return next((str(file) for file in files if file and known(file)), None)
 
 
-def find_student(
-    given: str | None, run_dir: str, resume: bool, shipped: str | None, *on: object
-) -> nn.Module | None:
-    """The one that is given, else of the run that goes on, else the shipped one; None where there is none."""
-    files = [f"{run_dir}/student.pt"] * (resume and common.has_checkpoint(run_dir)) + [shipped or ""]
-    at_hand = [file for file in files if file in common.PUBLISHED_WEIGHTS or Path(file).is_file()]
-    file = given or next(iter(at_hand), None)
-    return load_model("student", file, *on)[0] if file else None
+DISTIL_BATCH = 100
 
 
 def distil_student(
     black_box: BlackBox, images: Tensor, dataset: str, num_classes: int, steps: int
-) -> tuple[nn.Module, int]:
-    """A student that imitates the classifier's logits on strongly augmented uint8 images (N, 3, H, W), and
-    how many the classifier was shown: mean squared error, Adam, one cycle up to 3e-3; alike on every rank."""
-    alone, batch_size = black_box.machine._replace(rank=0, world_size=1), min(100, len(images))
+) -> nn.Module:
+    """A student that imitates the classifier's logits on strongly augmented uint8 images (N, 3, H, W): mean
+    squared error, Adam, one cycle up to 3e-3; alike on every rank."""
+    alone, batch_size = black_box.machine._replace(rank=0, world_size=1), min(DISTIL_BATCH, len(images))
     torch.manual_seed(0)
     student = common.build_model("student", num_classes, dataset)
     student.to(alone.device, memory_format=alone.weight_layout)
     optimizer, scaler = torch.optim.Adam(student.parameters(), fused=True), Machine(alone.device).scaler()
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    batches = islice(common.batch_numbers(len(images), batch_size, 0, 0), steps)
-    bar = tqdm(batches, total=steps, desc="distil", unit="step", disable=not black_box.machine.is_main)
-    for step, (_, numbers) in enumerate(bar):
+    bar = tqdm(range(steps), desc="distil", unit="step", disable=not black_box.machine.is_main)
+    for step, (_, numbers) in zip(bar, common.batch_numbers(len(images), batch_size, 0, 0)):
         draws = alone.uniform((batch_size, 11), alone.generator("student", step))
         batch = strong_augmentation(common.to_float(images[numbers.to(images.device)]), draws, dataset)
         common.descend(F.mse_loss(student(alone.layout(batch)), black_box(batch)), optimizer, scaler)
         scheduler.step()
-    return student, steps * batch_size
+    return student
 
 
 # ---------- Evaluation: GrETTA and what it is compared with ----------
@@ -582,51 +453,37 @@ def evaluate_predictors(
     transform: str,
     steps: int,
     machine: Machine,
-    names: tuple[str, ...] = PREDICTORS,
+    names=(),
 ) -> dict[str, dict[str, float]]:
-    """The figures of each named predictor, with steps > 1 also after each step (gretta_1, …). Each image is
-    evaluated on one rank, in an order always alike: batch statistics must not see one class only."""
-    policy.eval()
+    """The figures of each named predictor (default: all). Each image is evaluated on one rank, in an order
+    always alike: batch statistics must not see one class only."""
+    findings, policy = data.labels.dim() > 1, policy.eval()
 
     def ask(model: nn.Module, images: Tensor) -> Tensor:
         with machine.autocast():  # for the networks, not for the transforms
             return model(images.contiguous(memory_format=torch.channels_last)).float()
 
     def over_crops(images: Tensor, flips: bool) -> Tensor:
-        return torch.stack(
-            [probabilities(none(crop), data.labels.dim() > 1) for crop in crops(images, flips)]
-        ).mean(0)
+        return torch.stack([probabilities(none(crop), findings) for crop in crops(images, flips)]).mean(0)
 
-    def bn_adapt(
-        images: Tensor,
-    ) -> Tensor:  # one alone goes in twice: torch takes no statistics of a single value
+    def bn_adapt(images: Tensor) -> Tensor:  # one alone goes in twice: a single value has no statistics
         return ask(adapted, images.repeat(1 + (len(images) == 1), 1, 1, 1))[: len(images)]
 
-    none, model = partial(ask, classifier), AugmentedClassifier(partial(ask, policy), None, transform, steps)
+    none, names = partial(ask, classifier), names or PREDICTORS
     adapted = adapt_batch_norm(classifier) if "bn_adapt" in names else None
-    predictors = {
-        "none": none,
-        "five_crop": partial(over_crops, flips=False),
-        "ten_crop": partial(over_crops, flips=True),
-        "bn_adapt": bn_adapt,
-        "gretta": lambda images: torch.stack([none(image) for image in model.trace(images)[0][1:]], dim=1),
-    }
-    order, found = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)), {}
+    gretta = AugmentedClassifier(partial(ask, policy), none, transform, steps)
+    five_crop, ten_crop = partial(over_crops, flips=False), partial(over_crops, flips=True)
+    predictors = dict(zip(PREDICTORS, (none, five_crop, ten_crop, bn_adapt, gretta)))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     answers, kept = [torch.empty(0)], {name: [torch.empty(0)] for name in names}  # a rank may have no batch
     for images, labels in data.read(order.split(200)[machine.rank :: machine.world_size]):
         answers.append(labels.cpu())
         for name in names:
             most = len(images) if name == "bn_adapt" else machine.chunk(*images.shape[2:])
             scores = torch.cat([predictors[name](part) for part in common.to_float(images).split(most)])
-            scores = scores.view(len(labels), -1, scores.shape[-1])  # (B, 1 or steps, classes)
-            if labels.dim() == 1:  # all that is asked of a thousand classes
-                scores = (scores.argmax(-1) == labels[:, None]).double()
-            kept[name].append(scores.cpu())
+            kept[name].append((scores if findings else (scores.argmax(1) == labels).double()).cpu())
     answers = machine.all_rows(torch.cat(answers))
-    for name in names:
-        each = [figures(one, answers) for one in machine.all_rows(torch.cat(kept[name])).unbind(1)]
-        found |= {name: each[-1]} | {f"{name}_{i + 1}": one for i, one in enumerate(each) if len(each) > 1}
-    return found
+    return {name: figures(machine.all_rows(torch.cat(rows)), answers) for name, rows in kept.items()}
 
 
 def figures(outcomes: Tensor, labels: Tensor) -> dict[str, float]:
@@ -636,9 +493,8 @@ def figures(outcomes: Tensor, labels: Tensor) -> dict[str, float]:
         return {"accuracy": 100 * outcomes.mean().item()}
     found = {}
     for name, scores, truth in zip(FINDINGS, outcomes.T, labels.T):
-        positive, negative = scores[truth == 1], scores[truth == 0]
-        if len(positive) and len(negative):
-            found[name] = 100 * auroc(positive, negative)
+        if (truth == 1).any() and (truth == 0).any():
+            found[name] = 100 * auroc(scores[truth == 1], scores[truth == 0])
     return {"accuracy": sum(found.values()) / len(found) if found else math.nan} | found
 
 
@@ -651,47 +507,42 @@ def auroc(positive: Tensor, negative: Tensor) -> float:
 
 def evaluate_sets(evaluate: Callable, sets: "DataSets", machine: Machine) -> dict:
     """results.json's n_eval, accuracy, corruptions and AUROC. Each test set is read once, here."""
-    found, sizes = {}, {}
-    for key, read in tqdm(sets.tests.items(), desc="evaluate", unit="set", disable=not machine.is_main):
-        data = read()
-        found[key], sizes[key] = evaluate(data), len(data)
-    first, of = next(iter(found.values())), sets.corruptions
+    found, n_eval = {}, 0  # by name, of each severity; the sets are equally large
+    for (name, _), read in tqdm(sets.tests.items(), desc="evaluate", unit="set", disable=not machine.is_main):
+        found.setdefault(name, []).append(evaluate(data := read()))
+        n_eval += len(data)
 
-    def means(*names: str) -> dict[str, float]:  # the sets are equally large
-        parts = [figures for (name, _), figures in found.items() if name in names]
-        return {key: sum(part[key]["accuracy"] for part in parts) / len(parts) for key in first}
+    def means(parts: list[dict]) -> dict[str, float]:
+        return {key: sum(part[key]["accuracy"] for part in parts) / len(parts) for key in parts[0]}
 
-    def errors(*names: str) -> dict[str, float]:
-        return {key: 100 - value for key, value in means(*names).items() if key in ("none", "gretta")}
-
-    counted = of.names if of else ("target",)
-    results = {"n_eval": sum(sizes[key] for key in found if key[0] in counted), "accuracy": means(*counted)}
-    if of:
-        results["corruptions"] = {name: errors(name) for name in counted} | {"mean": errors(*counted)}
-    if len(first["none"]) > 1:
-        aurocs = {
-            name: {key: first[key][name] for key in first} for name in first["none"] if name in FINDINGS
-        }
+    results = {"n_eval": n_eval, "accuracy": means(sum(found.values(), []))}
+    if sets.corruptions:
+        rows = {name: means(parts) for name, parts in found.items()} | {"mean": results["accuracy"]}
+        errors = {name: {key: 100 - row[key] for key in ("none", "gretta")} for name, row in rows.items()}
+        results["corruptions"] = errors
+    (first, *_), *_ = found.values()
+    names = [name for name in first["none"] if name in FINDINGS]
+    if names:
+        aurocs = {name: {key: figures[name] for key, figures in first.items()} for name in names}
         results |= {"metric": "mean AUROC", "auroc": aurocs}
     return results
 
 
 def evaluate_run(
-    run: common.Run, evaluate: Callable, model: AugmentedClassifier, sets: "DataSets", history: list
+    run: common.Run, evaluate: Callable, model: AugmentedClassifier, sets: "DataSets", progress: dict
 ) -> dict:
     """Figures for results.json; on the way examples.png and, after training, curves.png."""
-    names = tuple(
-        name for name in PREDICTORS if name != "bn_adapt" or not isinstance(model.classifier, Program)
-    )
+    of_program = isinstance(model.classifier, common.Program)  # whose batch norm nobody sees
+    names = [name for name in PREDICTORS if name != "bn_adapt" or not of_program]
     results = evaluate_sets(partial(evaluate, steps=model.steps, names=names), sets, run.machine)
     run.log(run.step, **{f"test_{name}": value for name, value in results["accuracy"].items()})
     baseline = 0 if run.using else evaluate(sets.val, steps=1, names=("none",))["none"]["accuracy"]
     images, labels = next(iter(sets.tests.values()))().take(8).tensors()
     if run.machine.is_main:
-        draw_examples(run.directory / "examples.png", model, images, labels)
+        draw_examples(run.directory / "examples.png", model, sets.classes, images, labels)
     if run.machine.is_main and not run.using:
-        draw_curves(run.directory / "curves.png", history, baseline)
-    return results
+        draw_curves(run.directory / "curves.png", progress["history"], baseline)
+    return results | {name: progress[name] for name in ("queries", "queries_distillation")}
 
 
 # ---------- Pictures, one's own pictures, and the whole as one program ----------
@@ -699,20 +550,19 @@ def evaluate_run(
 
 @torch.no_grad()
 def draw_examples(
-    file: Path, model: AugmentedClassifier, images: Tensor, labels: Tensor | None = None
+    file: Path, model: AugmentedClassifier, classes: list[str], images: Tensor, labels: Tensor | None = None
 ) -> None:
     """A row per uint8 image (N, 3, H, W): as it is and after each step, answers above, levels beside it."""
     seen, levels = model.trace(common.to_float(images))
     logits = torch.stack([model.classifier(image) for image in seen]).float().cpu()  # (steps + 1, N, classes)
-    best, several = logits.softmax(2).max(2), labels is not None and labels.dim() == 2
+    best, known = logits.softmax(2).max(2), labels is not None and labels.dim() == 1
     names, widths = TRANSFORM_SETS[model.transform], [1, *[1, 1.1] * model.steps]
     size = (1.9 * len(widths) + 0.9, 1.75 * len(images))
     with common.figure(file, len(images), len(widths), size, width_ratios=widths) as axes:
         for (row, line), step in product(enumerate(axes), range(len(seen))):
             found, share = best.indices[step, row].item(), 100 * best.values[step, row]
-            title = FINDINGS[found] if several else f"{found} ({share:.0f} %)"
-            known = labels is not None and not several
             color = "black" if not known else "tab:green" if found == labels[row] else "tab:red"
+            title = f"{classes[found]} ({share:.0f} %)"
             common.show(line[max(0, 2 * step - 1)], seen[step][row], title, color)
             if step:
                 axis, values = line[2 * step], levels[step - 1][row].clamp(0, 1).cpu().numpy()
@@ -734,7 +584,7 @@ def draw_curves(file: Path, history: list[dict], baseline: float) -> None:
 
 def read_folder(folder: str, size: int, dataset: str, machine: Machine) -> tuple[list[str], Tensor]:
     """A folder's pictures, by name, (N, 3, size, size) uint8: the shorter side scaled, the centre cut out."""
-    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(common.IMAGE_SUFFIXES))
+    names = sorted(filter(common.is_picture, os.listdir(folder)))
     if not names:
         raise InputError(f"--predict {folder}: no pictures in it ({', '.join(common.IMAGE_SUFFIXES)})")
     resize = size if dataset in common.NUM_CLASSES else 256  # as they are evaluated
@@ -748,59 +598,44 @@ def read_folder(folder: str, size: int, dataset: str, machine: Machine) -> tuple
 def predict_folder(
     directory: Path,
     model: AugmentedClassifier,
+    classes: list[str],
     names: list[str],
     images: Tensor,
-    dataset: str,
     machine: Machine,
 ) -> None:
     """predictions.csv (class and confidence before and after), and predictions/: what the classifier saw."""
-    from PIL import Image
+    from torchvision.transforms.v2.functional import to_pil_image
 
-    parts = images.split(machine.chunk(*images.shape[2:]))
+    parts, findings = images.split(machine.chunk(*images.shape[2:])), tuple(classes) == FINDINGS
     moved = torch.cat([common.to_uint8(model.trace(common.to_float(part))[0][-1]) for part in parts])
-    rows = [names]
     (directory / "predictions").mkdir(exist_ok=True)
-    for state, pixels in (("original", images), ("transformed", moved)):
-        best = (
-            probabilities(common.predict_logits(model.classifier, pixels, machine), dataset == "chexpert")
-            .cpu()
-            .max(1)
-        )
-        rows += [best.indices.tolist(), [f"{value:.4f}" for value in best.values]]
+    table = {"file": names}
+    for state, kind, pixels in (("before", "original", images), ("after", "transformed", moved)):
+        scores = probabilities(common.predict_logits(model.classifier, pixels, machine), findings)
+        shares, best = (values.tolist() for values in scores.max(1))
+        table |= {f"class_{state}": best, f"name_{state}": [classes[number] for number in best]}
+        table[f"confidence_{state}"] = [f"{share:.4f}" for share in shares]
         for name, picture in zip(names, pixels.cpu()):
-            picture = Image.fromarray(picture.permute(1, 2, 0).numpy())
-            picture.save(directory / "predictions" / f"{name}-{state}.png")
+            to_pil_image(picture).save(directory / "predictions" / f"{name}-{kind}.png")
     with open(directory / "predictions.csv", "w", newline="") as stream:
-        header = ("file", "class_before", "confidence_before", "class_after", "confidence_after")
-        csv.writer(stream).writerows([header, *zip(*rows)])
-    draw_examples(directory / "predictions.png", model, images[:10])
+        csv.writer(stream).writerows([table, *zip(*table.values())])
+    draw_examples(directory / "predictions.png", model, classes, images[:10])
     print(f"{len(names)} pictures: predictions.csv, predictions.png and predictions/ in {directory}")
 
 
-@torch.no_grad()
-def export_program(file: str | Path, model: AugmentedClassifier, images: Tensor) -> float:
-    """Write the model as a torch.export program (CPU, float32, any batch); returns the largest difference of
-    its logits from the model's on uint8 images (N, 3, H, W). InputError where torch.export fails."""
-    images, classifier, stream = common.to_float(images), model.classifier, io.BytesIO()
-    expected = model(images).cpu()
-    if isinstance(classifier, Program):
-        classifier = load_exported(classifier.file, "cpu")
-    model = copy.deepcopy(AugmentedClassifier(model.policy, classifier, model.transform, model.steps))
-    model.to("cpu", memory_format=torch.contiguous_format).requires_grad_(False)
+def export_program(file: str, model: AugmentedClassifier, size: int) -> None:
+    """Write the model as a torch.export program (CPU, float32, any batch). InputError where that fails."""
+    model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format).requires_grad_(False)
     if hasattr(model.policy.backbone, "set_swish"):
         model.policy.backbone.set_swish(memory_efficient=False)  # the other is a Python function
+    example, batch = torch.zeros(2, 3, size, size), torch.export.Dim("batch", min=1, max=2**20)
     try:
         with common.warnings_off():  # an example of two: a size of one would be taken for a constant
-            shapes = ({0: torch.export.Dim("batch", min=1, max=2**20)},)
-            program = torch.export.export(model, (images[[0, 0]].cpu(),), dynamic_shapes=shapes)
-            torch.export.save(program, stream)
-    except Exception as error:
-        advice = "the run is finished, its policy is in its checkpoint.pt"
-        raise InputError(f"--export {file}: {short_reason(error)}; {advice}") from error
-    common.write_atomically(Path(file), stream.getbuffer())
-    difference = (torch.export.load(file).module()(images.cpu()) - expected).abs().max().item()
-    print(f"{file}: its logits of {len(images)} images are the run's to within {difference:.1e}")
-    return difference
+            program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+            torch.export.save(program, file)
+    except Exception as error:  # whatever torch.export meets in a model
+        reason = common.short_reason(error)
+        raise InputError(f"--export {file}: {reason}; the policy is in the run's checkpoint.pt") from error
 
 
 # ---------- Data ----------
@@ -816,56 +651,52 @@ class DataSets(NamedTuple):
     tests: dict[tuple, Callable[[], Data]] = {}  # by name and severity
     source: str = ""  # for the protocol
     corruptions: common.Corruptions | None = None
-    num_classes: int = len(FINDINGS)
+    classes: list[str] = []
     size: int = 224
 
 
 def target_sets(
-    dataset: str,
-    proportion: float,
-    uncertain: str,
-    data_root: str,
-    machine: Machine,
-    split: str,
-    workers: int,
-    dry_run: bool,
+    dataset: str, proportion: float, uncertain: str, split: str, machine: Machine, dry_run: bool, **where
 ) -> DataSets:
     """A labelled target domain in disjoint parts: `proportion` of it trains the policy, another evaluates it.
-    Modified digits and the like: no digit is in both; CheXpert: its validation set; folder: test pictures."""
-    small, num_classes = dataset in common.SMALL, len(FINDINGS)
+    Modified digits and the like: no digit is in both; CheXpert: its validation set; folder: test pictures.
+    where: data_root, workers."""
+    small, classes = dataset in common.SMALL, [*FINDINGS]
     if dataset == "chexpert":
-        pictures, test = load_chexpert(data_root, uncertain, machine, workers)
-        train, val = split_patients(pictures, proportion)
-        pool, clean, source = val, train, f"CheXpert, uncertain labels: {uncertain}"
+        pictures, test = load_chexpert(uncertain, machine, **where)
+        train, pool = split_patients(pictures, proportion)
+        val, clean, source = pool, pool, f"CheXpert, uncertain labels: {uncertain}"
     else:
-        options = {"workers": workers, "split": split, "corruptions": None, "dry_run": dry_run and small}
+        options = {"split": split, "corruptions": None, "dry_run": dry_run and small}
         options |= {"train": small, "validation": small or split == "val"}
-        found = common.load_sets(dataset, data_root, machine, **options)
-        data, originals, source = found.test, torch.arange(len(found.test)), f"{split} images of {data_root}"
+        found = common.load_sets(dataset, machine=machine, **options, **where)
+        data, originals, source = (
+            found.test,
+            torch.arange(len(found.test)),
+            f"{split} images of {where['data_root']}",
+        )
         if small:
-            variants = 10 if dataset == "digits" else 1
-            *modified, originals = common.modified_digits(split, data_root, variants, dataset=dataset)
+            variants, root = 10 if dataset == "digits" else 1, where["data_root"]
+            *modified, originals = common.modified_digits(split, root, variants, dataset=dataset)
             data, source = common.Images(*modified, machine), f"modified {dataset} ({split} images)"
         numbers, held_out = split_domain(data.labels.cpu(), originals, proportion)
-        drawn, num_classes = round(proportion * len(data)), found.num_classes
+        drawn, classes = round(proportion * len(data)), found.classes
         train, pool, test = data.part(numbers[:drawn]), data.part(numbers), data.part(held_out)
         val, clean = data.part(numbers[drawn:]) if drawn < len(numbers) else pool, train
         if small:
-            *val, _ = common.modified_digits("val", data_root, min(2, variants), dataset=dataset)
+            *val, _ = common.modified_digits("val", root, min(2, variants), dataset=dataset)
             val, clean = common.Images(*val, machine), found.train
     source += f": {len(train)} ({100 * proportion:g} %) train the policy, {len(test)} others evaluate it"
-    val, tests = val.take(2 * CURVE_IMAGES), {("target", 0): lambda: test}
-    return DataSets(train, val, pool, clean, tests, source, num_classes=num_classes, size=test.size)
+    tests = {("target", 0): lambda: test}
+    return DataSets(train, val.take(2 * CURVE_IMAGES), pool, clean, tests, source, None, classes, test.size)
 
 
 def split_domain(labels: Tensor, originals: Tensor, proportion: float) -> tuple[Tensor, Tensor]:
     """Numbers of the images (N,) that may train, different originals (N,) first, and of those that evaluate:
     half the originals of each class are for training (more where proportion > 1/2, never all)."""
     count = int(originals.max()) + 1
-    order, chosen = (
-        torch.randperm(count, generator=torch.Generator().manual_seed(0)),
-        torch.zeros(count).bool(),
-    )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    chosen = torch.zeros(count, dtype=torch.bool)
     for label in labels.unique():
         members = order[labels[order] == label]
         chosen[members[: min(len(members) - 1, math.ceil(max(0.5, proportion) * len(members)))]] = True
@@ -873,9 +704,12 @@ def split_domain(labels: Tensor, originals: Tensor, proportion: float) -> tuple[
     return torch.cat([first + start for start in starts]), (~chosen[originals]).nonzero()[:, 0]
 
 
-def augmented_sets(dataset: str, train: bool, machine: Machine, **where) -> DataSets:
+def augmented_sets(
+    dataset: str, train: bool, folder: str | None, generate: bool, machine: Machine, **where
+) -> DataSets:
     """Training images (strongly augmented later), tested on a corruption set. where: of common.load_sets."""
-    found = common.load_sets(dataset, machine=machine, train=train, corruptions="needed", **where)
+    where |= {"corruptions": "needed", "corrupted_directory": folder, "generate": generate}
+    found = common.load_sets(dataset, machine=machine, train=train, **where)
     val, pool, of = None, None, found.corruptions
     if train:
         pool, alone = (found.val or found.test).take(CURVE_IMAGES), machine._replace(rank=0, world_size=1)
@@ -884,8 +718,8 @@ def augmented_sets(dataset: str, train: bool, machine: Machine, **where) -> Data
         images = strong_augmentation(common.to_float(images), draws, dataset)
         val = common.Images(common.to_uint8(images), labels, machine)
     tests = {key: partial(of.read, *key) for key in product(of.names, of.severities)}
-    source, shape = f"{of.protocol}; policy trained on augmented images", (found.num_classes, found.test.size)
-    return DataSets(found.train, val, pool, found.train, tests, source, of, *shape)
+    source, about = f"{of.protocol}; policy trained on augmented images", (found.classes, found.test.size)
+    return DataSets(found.train, val, pool, found.train, tests, source, of, *about)
 
 
 def shortened(sets: DataSets) -> DataSets:
@@ -913,7 +747,7 @@ def regulariser_images(sets: DataSets, reg: str) -> Tensor | None:
     return torch.cat([common.corrupt_uint8(images, name, 3, seed=1) for name in names])
 
 
-def load_chexpert(data_root: str, uncertain: str, machine: Machine, workers: int) -> list[common.Pictures]:
+def load_chexpert(uncertain: str, machine: Machine, data_root: str, workers: int) -> list[common.Pictures]:
     """CheXpert's train.csv and valid.csv (Irvin et al. 2019, arXiv 1901.07031), in CheXpert-v1.0-small or the
     like of data_root, or there; labels (N, 5) float: 1, 0 (or empty), an uncertain one (-1) 1, 0 or NaN."""
     places = [Path(data_root) / name for name in ("CheXpert-v1.0-small", "CheXpert-v1.0", "chexpert", "")]
@@ -953,16 +787,18 @@ def main() -> None:
     machine = common.start_machine(args.device, args.amp, args.seed)
     using, num_levels = bool(args.evaluate or args.predict), len(TRANSFORM_SETS[args.transform])
     only_predict = args.predict and not (args.evaluate or args.export)
+
+    # All is looked for before the first file is written
     where = {"data_root": args.data_root, "machine": machine, "split": args.eval_split}
-    where |= {"workers": 0 if args.dry_run else machine.workers(args.workers), "dry_run": args.dry_run}
+    where |= {"dry_run": args.dry_run, "workers": 0 if args.dry_run else machine.workers(args.workers)}
     if only_predict and not args.weights_policy:  # a run knows what its classifier takes: no data are needed
         known = common.read_checkpoint(Path(args.run_dir))["progress"]
-        sets = DataSets(num_classes=known["num_classes"], size=known["size"])
+        sets = DataSets(classes=known["classes"], size=known["size"])
     elif args.train_on == "target":
         sets = target_sets(args.dataset, args.proportion, args.uncertain, **where)
     else:
-        where |= {"corrupted_directory": args.corruptions_path, "generate": args.generate_corruptions}
-        sets = augmented_sets(args.dataset, train=not using, **where)
+        corrupted = (args.corruptions_path, args.generate_corruptions)
+        sets = augmented_sets(args.dataset, not using, *corrupted, **where)
     pictures = read_folder(args.predict, sets.size, args.dataset, machine) if args.predict else None
     sets = shortened(sets) if args.dry_run else sets
     n_train = len(sets.train or ())
@@ -973,16 +809,18 @@ def main() -> None:
     steps_per_epoch = max(1, n_train // args.batch_size)
     args.epochs = args.epochs or math.ceil(settings(args.dataset, args.est)["updates"] / steps_per_epoch)
     args.checkpoint_every = args.checkpoint_every or max(1, args.epochs // 10)
+    asked = args.batch_size * (1 if args.est == "whitebox" else 2 * args.num_samples)  # images, of a step
+    total = min(args.epochs * steps_per_epoch, (args.max_queries or 10**18) // asked)
     unlabelled = None if using else regulariser_images(sets, args.reg)
+
     on = (args.dataset, sets, machine, args.data_root, args.dry_run)
-    if args.blackbox:
-        classifier, origin = load_blackbox(args.blackbox, *sets[-2:], machine.device), args.blackbox
-    else:
-        classifier, origin = load_model(args.model, args.weights, *on)
+    classifier, origin = load_model(args.model, args.weights, args.blackbox, *on)
     black_box = BlackBox(classifier, machine, args.est == "whitebox")
-    chunk, surrogate = forward_chunk(classifier, sets.size, machine), args.est == "surrogate" and not using
-    shipped = shipped_student(args.dataset, args.model, args.weights or args.blackbox)
-    student = find_student(args.student, args.run_dir, args.resume, shipped, *on) if surrogate else None
+    surrogate, shipped = args.est == "surrogate" and not using, not (args.weights or args.blackbox)
+    found = (
+        find_student(args.student, args.run_dir, args.dataset, shipped * args.model) if surrogate else None
+    )
+    student = load_model("student", found, None, *on)[0] if found else None
     torch.manual_seed(common.mix("policy", args.seed))  # whatever the classifier drew
     policy = Policy(args.policy, num_levels, args.sigmoid, args.init).to(machine.device)
     if args.weights_policy:
@@ -991,43 +829,42 @@ def main() -> None:
     scaler, totals = machine.scaler(), common.Totals(4, machine)  # loss, right answers, queries; objective
     run = common.Run(args, machine, args.est)
     progress = {"queries": 0, "queries_distillation": 0, "history": []}
-    progress |= {"num_classes": sets.num_classes, "size": sets.size}
+    progress |= {"classes": sets.classes, "size": sets.size}
     run.track(progress, policy=policy, optimizer=optimizer, scaler=scaler, totals=totals)
     if run.finished:
-        if machine.is_main:
-            print_results(common.read_results(run.directory), run.directory)
-        return
+        return machine.on_main(lambda: print_results(common.read_results(run.directory), run.directory))
     run.say(f"{n_train} images train the policy, {steps_per_epoch} steps per epoch", f"classifier: {origin}")
     if surrogate and student is None:
         images, steps = sets.clean.take(10_000).tensors()[0], 1 if args.dry_run else 1000
-        student, count = distil_student(black_box, images, args.dataset, sets.num_classes, steps)
-        progress["queries_distillation"] = count
-        files = [run.directory / "student.pt"] + [shipped] * (bool(shipped) and not args.dry_run)
-        machine.on_main(lambda: [common.save_atomically(student.state_dict(), Path(file)) for file in files])
-    guide = BlackBox(student, machine, whitebox=True) if student else None
+        student = distil_student(black_box, images, args.dataset, len(sets.classes), steps)
+        progress["queries_distillation"] = steps * min(DISTIL_BATCH, len(images))
+        machine.on_main(lambda: common.save_atomically(student.state_dict(), run.directory / "student.pt"))
+    guide = BlackBox(student, machine, whitebox=True) if surrogate else None
     trained = common.distribute(policy, machine)
     if args.compile:
         trained = torch.compile(trained)
         black_box.classifier = classifier if args.blackbox else torch.compile(classifier)
-
-    def ask_policy(images: Tensor) -> Tensor:
-        with machine.autocast():  # for the networks, not for the transforms
-            return trained(images)
-
+    ask_policy = machine.autocast()(trained)  # which is for the networks, not for the transforms
     evaluate = partial(evaluate_predictors, classifier, policy, transform=args.transform, machine=machine)
     batches = sets.train.batches(args.batch_size, args.seed, run.step) if n_train else ()
-    for step, (images, labels, _) in run.steps(batches, args.epochs, steps_per_epoch):
+    for step, (images, labels, _) in run.steps(batches, total, steps_per_epoch):
         draws = machine.generator(args.seed, step)  # alike on every rank; each takes its rows
         policy.train()
         images = common.to_float(images)  # (b, 3, H, W)
         if args.train_on == "augmented":
             images = strong_augmentation(images, machine.uniform((args.batch_size, 11), draws), args.dataset)
-        noise = machine.normal((args.batch_size, args.num_samples, num_levels + 1), draws)  # (b, P, K + 1)
-        levels = ask_policy(images)  # (b, K)
-        asked = (images, labels, args.transform, chunk)
-        losses = level_loss(black_box, *asked, totals.own), level_loss(guide, *asked)
-        scales = (args.num_samples, args.sigma, args.alpha, args.beta)
-        gradient = estimate(args.est, *losses, levels.detach(), *scales, noise.transpose(0, 1))
+        noise = machine.normal((args.batch_size, args.num_samples, num_levels + 1), draws).transpose(0, 1)
+        levels = ask_policy(images)  # (b, K); noise: (P, b, K + 1)
+        start, chunk = levels.detach(), machine.chunk(*images.shape[2:])
+        loss = level_loss(black_box, images, labels, args.transform, chunk, totals.own)
+        if args.est == "vanilla":
+            gradient = vanilla_gradient(loss, start, args.num_samples, args.sigma, args.beta, noise[..., :-1])
+        elif args.est == "surrogate":
+            q = true_gradient(level_loss(guide, images, labels, args.transform, chunk), start)
+            scales = (args.num_samples, args.sigma, args.alpha, args.beta)
+            gradient = guided_gradient(loss, start, q, *scales, noise)
+        else:
+            gradient = args.beta * true_gradient(loss, start)
         objective = (gradient * levels).sum()  # ⟨g, v⟩ has the gradient g with respect to v
         if unlabelled is not None:
             rows = torch.randint(len(unlabelled), (args.batch_size,), generator=draws, device=machine.device)
@@ -1036,38 +873,36 @@ def main() -> None:
             objective = objective + REG_WEIGHT * consistency_loss(ask_policy, images, moves, args.transform)
         objective = objective * machine.world_size / args.batch_size
         totals.own[3] += objective.detach()
-        lr = args.lr * 0.5 * (1 + math.cos(math.pi * step / (args.epochs * steps_per_epoch)))
+        lr = args.lr * 0.5 * (1 + math.cos(math.pi * step / total))
         common.descend(objective, optimizer, scaler, lr)
-        epoch, left = divmod(step + 1, steps_per_epoch)  # 0 left: this is an epoch's last step
-        if not left or (step + 1) % args.log_every == 0:
+        epoch = math.ceil((step + 1) / steps_per_epoch)
+        ends = (step + 1) % steps_per_epoch == 0 or step + 1 == total
+        if ends or (step + 1) % args.log_every == 0:
             loss, correct, rows, _ = totals.read(step + 1)
             queries = progress["queries"] + int(rows)
             entry = {"queries": queries, "loss": loss / rows, "accuracy": 100 * correct / rows}
             run.log(step + 1, lr=lr, **entry)
-        if not left:
+        if ends:
             progress["queries"] = queries
             totals.own.zero_()
-        if not left and (epoch % args.checkpoint_every == 0 or epoch == args.epochs):
+        if ends and (epoch % args.checkpoint_every == 0 or step + 1 == total):
             val = evaluate(sets.val, steps=1, names=("gretta",))["gretta"]["accuracy"]
             progress["history"].append({"epoch": epoch, **entry, "val_accuracy": val})
             run.log(step + 1, **progress["history"][-1])
 
     model = AugmentedClassifier(policy.eval(), classifier, args.transform, args.steps)
-    if pictures and machine.is_main:
-        predict_folder(run.directory, model, *pictures, args.dataset, machine)
+    if args.predict:
+        machine.on_main(lambda: predict_folder(run.directory, model, sets.classes, *pictures, machine))
+    if args.export:
+        machine.on_main(lambda: export_program(args.export, model, sets.size))
     if only_predict:
         return
     inputs = "in [0, 1], of a black box" if args.blackbox else common.normalisation(args.dataset, args.model)
     protocol = f"{sets.source}; {args.transform}, {args.steps} step(s); inputs {inputs}"
     about = {"n_train": n_train, "protocol": protocol, "train_on": args.train_on, "transform": args.transform}
     about |= {"proportion": args.proportion if args.train_on == "target" else None, "policy": args.policy}
-    about |= {name: progress[name] for name in ("queries", "queries_distillation")}
-    results = run.finish(about | evaluate_run(run, evaluate, model, sets, progress["history"]))
-    if machine.is_main:
-        print_results(results, run.directory)
-    if machine.is_main and args.export:
-        images = next(iter(sets.tests.values()))().take(16).tensors()[0]
-        export_program(args.export, model, images)
+    results = run.finish(about | evaluate_run(run, evaluate, model, sets, progress))
+    machine.on_main(lambda: print_results(results, run.directory))
 
 
 def print_results(results: dict, directory: Path) -> None:
