@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -202,6 +203,8 @@ def leave_signals(_number: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+CHECKED = 500  # of a set with at most so many pictures, each is read before a run
+VALPREP = "https://github.com/soumith/imagenetloader.torch/blob/master/valprep.sh"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
 
@@ -210,13 +213,17 @@ def is_picture(file: str) -> bool:
 
 
 def open_picture(file: str | Path):
-    """A PIL image in RGB; 16-bit grey (X-rays) is scaled where `convert` would clip it."""
+    """A PIL image in RGB; grey of 16 bits or floats (X-rays) is scaled where `convert` would clip it."""
     from PIL import Image, ImageOps
 
     with Image.open(file) as opened:
-        if opened.mode.startswith("I;16"):
-            return Image.fromarray((np.asarray(opened) / 257).round().astype(np.uint8)).convert("RGB")
-        return ImageOps.exif_transpose(opened).convert("RGB")
+        upright = ImageOps.exif_transpose(opened)
+        if upright.mode[0] not in "IF":
+            return upright.convert("RGB")
+        pixels = np.asarray(upright, dtype=np.float64)
+        tops = (65535,) if upright.mode[0] == "I" else (1, 255, 65535)
+        largest = next((top for top in tops if pixels.max() <= top), pixels.max())
+        return Image.fromarray((pixels * 255 / largest).round().clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
 def class_folder(
@@ -233,17 +240,21 @@ def class_folder(
 
     if not place.is_dir():
         raise MissingData(f"{place} is missing: {advice}")
+    skipped = []
     try:
         names = [name for name in find_classes(place)[0] if name[0] != "."]
         if like is not None and names != like.classes:
             different = sorted({*names} ^ {*like.classes})
             raise ValueError(f"other classes than {like.place}: {', '.join(different[:6])}")
         numbers = {name: number for number, name in enumerate(names)}
-        files, labels = zip(*make_dataset(place, numbers, is_valid_file=is_picture))
+        keep = lambda file: is_picture(file) or skipped.append(file)
+        files, labels = zip(*make_dataset(place, numbers, is_valid_file=keep))
     except (OSError, ValueError) as error:
+        if any(is_picture(file.name) for file in place.iterdir()):  # as ImageNet's archive unpacks val/
+            advice = f"torchvision.datasets.ImageNet, or {VALPREP}, sorts ImageNet's into folders; {advice}"
         raise InputError(f"{place} must hold a folder of pictures per class ({error}): {advice}") from error
     pictures = Pictures(files, torch.tensor(labels), machine, workers, resize)
-    pictures.classes, pictures.place = names, place
+    pictures.classes, pictures.place, pictures.skipped = names, place, len(skipped)
     return pictures
 
 
@@ -483,7 +494,9 @@ def load_sets(
     parts = [parts[0], parts[1] if validation else None, evaluated]
     if dry_run:
         parts = [part and part.take(most) for part, most in zip(parts, (64, 64, 16))]
-    found, notes, made = None, [], dataset in ("digits", "fake")
+    skipped = {part.place: part.skipped for part in parts if part and getattr(part, "skipped", 0)}
+    notes = [f"{count} files in {place} are no pictures: passed over" for place, count in skipped.items()]
+    found, made = None, dataset in ("digits", "fake")
     try:
         if corruptions and (made or split == "val"):
             raise MissingData(f"no corruptions of {dataset}'s {split} images are published")
@@ -492,10 +505,11 @@ def load_sets(
     except MissingData as missing:
         if corrupted_directory or (corruptions == "needed" and not generate and not made):
             raise InputError(f"{missing}; or make them with --generate-corruptions") from missing
-        notes = [f"{missing}; corruptions are not evaluated (--generate-corruptions makes them)"]
+        without = [f"{missing}; corruptions are not evaluated (--generate-corruptions makes them)"]
         if generate or made:
             source = f"{dataset}-C generated from the {len(parts[2])} {split} images"
-            found, notes = Corruptions(parts[2].corrupted, source, CORRUPTIONS), []
+            found, without = Corruptions(parts[2].corrupted, source, CORRUPTIONS), []
+        notes += without
     if found and dry_run:
         found = found._replace(read=lambda name, severity, read=found.read: read(name, severity).take(1))
     return Sets(*parts, found, classes, notes)
@@ -533,7 +547,11 @@ def find_folders(
         test_place = root
     test = class_folder(test_place, machine, workers, advice)
     places = [train_place if train or train_place.is_dir() else None, val_place]
-    return [place and class_folder(place, machine, workers, advice, like=test) for place in places] + [test]
+    found = [place and class_folder(place, machine, workers, advice, like=test) for place in places] + [test]
+    for pictures in found:
+        for number in range(len(pictures) if pictures and len(pictures) <= CHECKED else 0):
+            pictures[number, None]  # InputError where it is damaged
+    return found
 
 
 def find_corruptions(
@@ -1476,40 +1494,50 @@ def load_weights(model: nn.Module, file: str | Path) -> nn.Module:
     """Load a checkpoint into `model` and return it.
 
     Its state dict is found by what it is: a table of tensors that fits the model, at the top or within other
-    tables, with anything (`module.`, `resnet.`, …) before every key. Only tensors are unpickled. Raises
-    InputError for a missing, truncated or unsafe file, and for one that does not fit, naming the keys.
+    tables, with anything (`module.`, `resnet.`, …) before every key; weights rather than their moving
+    average. Only tensors and plain values are unpickled; .safetensors needs that package. Raises InputError
+    for a missing, truncated or unsafe file, and for one that does not fit, naming the keys.
     """
+    load_best_state(model, file)
+    return model
+
+
+def load_best_state(model: nn.Module, file: str | Path) -> str:
+    """load_weights, which returns the file and, where several state dicts fit, which was taken."""
     content = load_tensors(file, "give the path of a checkpoint")
-    found = [as_named_here(model, state) for state in state_dicts(content)]
+    found = {place: as_named_here(model, state) for place, state in state_dicts(content).items()}
     if not found:
         raise InputError(f"{file} holds no state dict: a table of tensors by name")
     wanted = model.state_dict().keys()
-    # Of equals the first: weights stand before their moving average
-    state = max(found, key=lambda state: len(wanted & state.keys()))
+    fitting = {place: len(wanted & state.keys()) for place, state in found.items()}
+    best, *others = [place for place in found if fitting[place] == max(fitting.values())]
     advice = "choose the --model and --dataset it was trained for"
-    return load_state(model, state, f"{file} does not fit this model", advice)
+    load_state(model, found[best], f"{file} does not fit this model", advice)
+    return f"{file}" + f" ({best}, not {', '.join(others)})" * bool(others)
 
 
-def state_dicts(content: object, depth: int = 3) -> list[dict[str, Tensor]]:
-    """The tables of plain tensors (dense, real, with values) in a checkpoint."""
+def state_dicts(content: object, place: str = "", depth: int = 3) -> dict[str, dict[str, Tensor]]:
+    """The tables of plain tensors (dense, real, with values) in a checkpoint, by their place."""
 
     def plain(value: object) -> bool:
         usual = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
         return usual and not (value.is_nested or value.is_quantized or value.is_complex())
 
     if not isinstance(content, dict) or not content or not depth:
-        return []
+        return {}
     if all(isinstance(key, str) and plain(value) for key, value in content.items()):
-        return [content]
+        return {place: content}
     tables = sorted(content.items(), key=lambda item: "ema" in str(item[0]))  # a moving average comes last
-    return [state for _, value in tables for state in state_dicts(value, depth - 1)]
+    parts = (state_dicts(value, f"{place}.{key}".strip("."), depth - 1) for key, value in tables)
+    return {name: state for part in parts for name, state in part.items()}
 
 
 def as_named_here(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict without what stands before every key, until keys are the model's. Of RobustBench's: with
     our name of shortcuts, and without `mu` and `sigma`, which normalise the input, where they are this
     model's."""
-    wanted = model.state_dict().keys()
+    wanted, state = model.state_dict().keys(), {**state}
+    state.pop("n_averaged", None)  # of torch's AveragedModel
     while not wanted & state.keys() and all("." in key for key in state):
         if len({key.partition(".")[0] for key in state}) > 1:
             break
@@ -1580,8 +1608,7 @@ def load_classifier(
         machine.on_main(lambda: save_atomically(trained.state_dict(), file))
     if dry_run and not weights and not (file and file.is_file()) or file is None:
         return "untrained: a dry run neither downloads nor trains a classifier first"
-    load_weights(model, file)
-    return str(file)
+    return load_best_state(model, file)
 
 
 def load_imagenet_weights(model: nn.Module, name: str, machine: "Machine", dry_run: bool) -> str:
@@ -1597,7 +1624,7 @@ def load_imagenet_weights(model: nn.Module, name: str, machine: "Machine", dry_r
         return "untrained: a dry run downloads nothing"
     machine.on_main(lambda: download(weights.url, file, checksum=file.stem.split("-")[-1]))
     again, wanted = "remove it, so that it is downloaded again", model.state_dict()
-    found = (state_dicts(load_tensors(file, again)) or [{}])[0]
+    found = state_dicts(load_tensors(file, again)).get("", {})
     head = [
         key
         for key in wanted
@@ -2397,14 +2424,44 @@ def read_checkpoint(directory: Path) -> dict:
 def load_tensors(file: str | Path, advice: str) -> object:
     """Unpickle tensors and plain values only. Raises InputError for a missing, truncated or unsafe file."""
     try:
-        with warnings_off():
+        with warnings_off(), torch.serialization.safe_globals(harmless_classes()):
+            if Path(file).suffix == ".safetensors":
+                from safetensors.torch import load_file
+
+                return load_file(file)
             return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{file} does not exist: {advice}") from error
+    except ImportError as error:
+        raise InputError(f"{file} needs a package: pip install safetensors") from error
     except Exception as error:  # as torch.load meets them
-        unsafe = "weights_only" in str(error).lower()
-        reason = "it holds more than tensors (no code is run)" if unsafe else "truncated or no checkpoint"
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"{name[1]}, which is" if name else "what is"
+        unsafe = name or "weights_only" in str(error).lower()
+        reason = (
+            f"it holds {what} more than tensors (no code is run)" if unsafe else "truncated or no checkpoint"
+        )
         raise InputError(f"cannot read {file}: {reason}; {advice}") from error
+
+
+@functools.cache
+def harmless_classes() -> list:
+    """What other training code keeps beside tensors, under the names of older and newer libraries too."""
+    import datetime
+    import pathlib
+
+    from numpy._core import multiarray
+
+    arrays = [getattr(multiarray, name) for name in ("scalar", "_reconstruct")]
+    found = [argparse.Namespace, list, dict, set, np.dtype, np.ndarray, *arrays]
+    found += [(array, f"numpy.core.multiarray.{array.__name__}") for array in arrays]
+    found += [(array, f"numpy._core.multiarray.{array.__name__}") for array in arrays]
+    found += {type(np.dtype(code)) for code in np.typecodes["All"]}
+    found += [getattr(datetime, name) for name in ("date", "datetime", "time", "timedelta", "timezone")]
+    for kind, path in (("Posix", pathlib.PurePosixPath), ("Windows", pathlib.PureWindowsPath)):
+        names = [f"pathlib{local}.{pure}{kind}Path" for local in ("", "._local") for pure in ("", "Pure")]
+        found += [(path, name) for name in names]
+    return found
 
 
 def read_results(directory: Path) -> dict:

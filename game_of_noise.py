@@ -558,7 +558,8 @@ def main() -> None:
     memory[:] = [{name: value.to(machine.device) for name, value in state.items()} for state in memory]
     if run.finished:
         return machine.is_main and print_results(common.read_results(run.directory), run.directory)
-    run.say(f"{n_train} training images, {steps_per_epoch} steps per epoch; {args.model}: {origin}")
+    about = f"{n_train} training images, {steps_per_epoch} steps per epoch; {args.model}: {origin}"
+    run.say(about, *(f"note: {note}" for note in sets.notes))
     if args.compile:
         classifier.compile()  # in place: its keys stay
     game = Game(classifier, args.dataset, args.epsilon, args.batch_size, machine)

@@ -584,9 +584,11 @@ def draw_curves(file: Path, history: list[dict], baseline: float) -> None:
 
 def read_folder(folder: str, size: int, dataset: str, machine: Machine) -> tuple[list[str], Tensor]:
     """A folder's pictures, by name, (N, 3, size, size) uint8: the shorter side scaled, the centre cut out."""
-    names = sorted(filter(common.is_picture, os.listdir(folder)))
+    names = sorted(filter(common.is_picture, files := os.listdir(folder)))
     if not names:
         raise InputError(f"--predict {folder}: no pictures in it ({', '.join(common.IMAGE_SUFFIXES)})")
+    if len(names) < len(files):
+        print(f"note: {len(files) - len(names)} files in {folder} are no pictures: passed over")
     resize = size if dataset in common.NUM_CLASSES else 256  # as they are evaluated
     files = [os.path.join(folder, name) for name in names]
     pictures = common.Pictures(files, torch.zeros(len(files)), machine, 0, resize)
@@ -653,6 +655,7 @@ class DataSets(NamedTuple):
     corruptions: common.Corruptions | None = None
     classes: list[str] = []
     size: int = 224
+    notes: list[str] = []
 
 
 def target_sets(
@@ -686,9 +689,12 @@ def target_sets(
         if small:
             *val, _ = common.modified_digits("val", root, min(2, variants), dataset=dataset)
             val, clean = common.Images(*val, machine), found.train
+    notes = [] if dataset == "chexpert" else found.notes
     source += f": {len(train)} ({100 * proportion:g} %) train the policy, {len(test)} others evaluate it"
     tests = {("target", 0): lambda: test}
-    return DataSets(train, val.take(2 * CURVE_IMAGES), pool, clean, tests, source, None, classes, test.size)
+    return DataSets(
+        train, val.take(2 * CURVE_IMAGES), pool, clean, tests, source, None, classes, test.size, notes
+    )
 
 
 def split_domain(labels: Tensor, originals: Tensor, proportion: float) -> tuple[Tensor, Tensor]:
@@ -718,7 +724,10 @@ def augmented_sets(
         images = strong_augmentation(common.to_float(images), draws, dataset)
         val = common.Images(common.to_uint8(images), labels, machine)
     tests = {key: partial(of.read, *key) for key in product(of.names, of.severities)}
-    source, about = f"{of.protocol}; policy trained on augmented images", (found.classes, found.test.size)
+    source, about = (
+        f"{of.protocol}; policy trained on augmented images",
+        (found.classes, found.test.size, found.notes),
+    )
     return DataSets(found.train, val, pool, found.train, tests, source, of, *about)
 
 
@@ -833,7 +842,8 @@ def main() -> None:
     run.track(progress, policy=policy, optimizer=optimizer, scaler=scaler, totals=totals)
     if run.finished:
         return machine.on_main(lambda: print_results(common.read_results(run.directory), run.directory))
-    run.say(f"{n_train} images train the policy, {steps_per_epoch} steps per epoch", f"classifier: {origin}")
+    about = f"{n_train} images train the policy, {steps_per_epoch} steps per epoch; {args.model}: {origin}"
+    run.say(about, *(f"note: {note}" for note in sets.notes))
     if surrogate and student is None:
         images, steps = sets.clean.take(10_000).tensors()[0], 1 if args.dry_run else 1000
         student = distil_student(black_box, images, args.dataset, len(sets.classes), steps)

@@ -221,10 +221,12 @@ def test_folders_of_ones_own(tmp_path):
         for number, name in enumerate(("cat", "dog")):
             make_pictures(tmp_path / split / name, count, number, suffix="png")
     (tmp_path / "train" / "cat" / "._picture.png").write_bytes(b"not one")
+    (tmp_path / "train" / "dog" / "notes.txt").write_text("not one")
     (tmp_path / "train" / ".hidden").mkdir()
     found = common.load_sets("folder", str(tmp_path), CPU)
     assert (len(found.train), len(found.val), len(found.test)) == (18, 2, 6) and found.corruptions is None
-    assert {*found.train.files}.isdisjoint(found.val.files) and "--corruptions-path" in found.notes[0]
+    assert {*found.train.files}.isdisjoint(found.val.files) and "--corruptions-path" in found.notes[1]
+    assert found.notes[0] == f"2 files in {tmp_path / 'train'} are no pictures: passed over"
     for number, name in enumerate(("cat", "dog")):  # with a test/ of its own, val/ is for validation
         make_pictures(tmp_path / "test" / name, 4, 5 + number, suffix="png")
     found = common.load_sets("folder", str(tmp_path), CPU, generate=True)
@@ -256,14 +258,18 @@ def test_random_crops_are_a_function_of_the_seed_whatever_process_reads_them(tmp
     assert torch.equal(torch.cat(parts), expected[0])
 
 
-def test_a_16_bit_picture_looks_as_its_8_bit_twin(tmp_path):
+def test_a_picture_of_16_bits_or_floats_looks_as_its_8_bit_twin(tmp_path):
     values = random_pixels(0, 40, 50)
-    Image.fromarray(values).save(tmp_path / "eight.png")
-    Image.fromarray(values.astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
-    eight, sixteen = (
-        np.asarray(common.open_picture(tmp_path / f"{name}.png")) for name in ("eight", "sixteen")
-    )
-    assert np.array_equal(eight, sixteen) and eight.shape == (40, 50, 3)
+    twins = {
+        "eight.png": values,
+        "16.png": values.astype(np.uint16) * 257,
+        "I.tif": values.astype(np.int32) * 257,
+    }
+    twins |= {"F.tif": values.astype(np.float32), "one.tif": (values / 255).astype(np.float32)}
+    for name, pixels in twins.items():
+        Image.fromarray(pixels).save(tmp_path / name)
+        shown = np.asarray(common.open_picture(tmp_path / name))
+        assert shown.shape == (40, 50, 3) and np.array_equal(shown, np.stack([values] * 3, 2)), name
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -276,6 +282,21 @@ def test_a_damaged_picture_is_named(workers, tmp_path):
     assert str(caught.value).startswith(f"{file} is not a readable picture") and "Traceback" not in str(
         caught.value
     )
+
+
+def test_a_small_set_is_read_before_a_run_and_a_flat_one_says_what_sorts_it(tmp_path):
+    make_imagenet(tmp_path, corrupted=0)
+    file = tmp_path / "imagenet" / "val" / "n01440764" / "picture_1.JPEG"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="picture_1.JPEG is not a readable picture"):
+        common.load_sets("imagenet", str(tmp_path), CPU)
+    for folder in list((tmp_path / "imagenet" / "val").iterdir()):
+        for picture in folder.iterdir():
+            picture.rename(folder.parent / f"{folder.name}_{picture.name}")
+        folder.rmdir()
+    with pytest.raises(InputError, match="val must hold a folder of pictures per class.*valprep.sh, sorts"):
+        common.load_sets("imagenet", str(tmp_path), CPU)
 
 
 # ---------- Natural mistakes ----------

@@ -1,14 +1,19 @@
 """Classifiers of common.py as published, what shakes in them, checkpoints of every layout, warps."""
 
+import argparse
+import datetime
 import hashlib
 import json
 import math
 import re
+import sys
+from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, assert_equal_weights
@@ -170,6 +175,51 @@ def test_state_dicts_as_people_save_them(prefix, outer, tmp_path):
     assert_equal_weights(load_weights(slim("resnext"), tmp_path / "weights.pt").state_dict(), saved)
 
 
+def layouts(state: dict) -> dict[str, dict]:
+    """How other training code saves a state dict."""
+    several = {key: value + 1 for key, value in state.items()}  # a moving average
+    args, step = (
+        argparse.Namespace(lr=0.1, data=Path("/data"), when=datetime.datetime.now()),
+        np.float64(93.5),
+    )
+    prefixed = lambda prefix: {prefix + key: value for key, value in state.items()}
+    optimizer = {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
+    hyper = OrderedDict(width=4, schedule=np.arange(3.0), kind=np.dtype("f4"))
+    return {
+        "pytorch-cifar": {"net": prefixed("module."), "acc": step, "epoch": 3},
+        "torchvision": {"model": state, "optimizer": optimizer, "epoch": 3, "args": args}
+        | {"model_ema": {"n_averaged": torch.tensor(3)} | {f"module.{key}": several[key] for key in several}},
+        "timm": {"epoch": 3, "arch": "resnext", "state_dict_ema": several, "state_dict": state, "args": args},
+        "lightning": {
+            "state_dict": prefixed("model."),
+            "hyper_parameters": hyper,
+            "callbacks": {"best": step},
+        },
+        "fairseq": {"model_state": prefixed("backbone."), "best_acc": np.float32(0.9), "ok": np.bool_(True)},
+        "compiled": {"state_dict": prefixed("module._orig_mod."), "best": np.int64(3)},
+    }
+
+
+@pytest.mark.parametrize("kind", ["pytorch-cifar", "torchvision", "timm", "lightning", "fairseq", "compiled"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_checkpoints_of_other_training_code(kind, zipped, tmp_path):
+    saved, file, model = slim("resnext").state_dict(), tmp_path / "checkpoint.pth", slim("resnext")
+    torch.save(layouts(saved)[kind], file, _use_new_zipfile_serialization=zipped)
+    origin = common.load_best_state(model, file)
+    assert_equal_weights(model.state_dict(), saved)
+    several = {"timm": " (state_dict, not state_dict_ema)", "torchvision": " (model, not model_ema)"}
+    assert origin == f"{file}{several.get(kind, '')}"
+
+
+def test_safetensors_load_where_the_package_is(tmp_path, monkeypatch):
+    saved, file = slim("resnext").state_dict(), tmp_path / "model.safetensors"
+    safetensors.torch.save_file({f"model.{key}": value for key, value in saved.items()}, file)
+    assert_equal_weights(load_weights(slim("resnext"), file).state_dict(), saved)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(InputError, match="model.safetensors needs a package: pip install safetensors"):
+        load_weights(slim("resnext"), file)
+
+
 def test_robustbench_names_and_normalisation(tmp_path):
     state, file = slim("wideresnet").state_dict(), tmp_path / "file.pt"
     named = {key.replace("conv_shortcut", "convShortcut"): value for key, value in state.items()}
@@ -185,7 +235,10 @@ def test_what_does_not_fit_or_carries_code_is_refused_and_leaves_the_model_as_it
     for content, reason in (
         (None, "file.pt does not exist: give the path"),
         ((common.WEIGHTS / "digits-resnext.pt").read_bytes()[:50_000], "truncated or no checkpoint"),
-        ({"state_dict": {"weight": trap}}, "file.pt: it holds more than tensors (no code is run)"),
+        (
+            {"state_dict": {"weight": trap}},
+            "file.pt: it holds getattr, which is more than tensors (no code is run)",
+        ),
         ({"state_dict": {}, "epoch": 3, 0: weight}, "holds no state dict"),
         ({"weight": weight.to(torch.cfloat), "bias": bias}, "holds no state dict"),
         ({"weight": weight}, "missing bias; choose the --model and --dataset it was trained for"),
