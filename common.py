@@ -3,7 +3,7 @@
 Nothing happens on import. As a program:
 
     python common.py RUN_DIR [RUN_DIR ...]          # a Markdown table of finished runs, mean ± std over seeds
-    python common.py --train-weights resnext        # train a classifier for digits
+    python common.py --train-weights resnext --dataset fashion_mnist       # train a classifier plainly
     python common.py --download cifar10-c           # or another data set, or a published checkpoint
 """
 
@@ -669,15 +669,16 @@ def adjust_contrast(images: Tensor, contrast: Tensor) -> Tensor:
 def light_augmentation(images: Tensor, dataset: str, draws: Tensor) -> Tensor:
     """What classifiers are trained under: images (B, 3, H, W) in [0, 1], draws (B, 5) uniform in −1..1.
 
-    CIFAR: shifted by up to 4 px, black outside, and mirrored; small grey pictures: ±1 px, zoom 0.95..1.05,
-    ±5°; pictures on disk were cropped and mirrored as they were read.
+    CIFAR: shifted by up to 4 px, black outside, and mirrored; Fashion-MNIST: by up to 2; digits: ±1 px, zoom
+    0.95..1.05, ±5°; pictures on disk were cropped and mirrored as they were read.
     """
     if dataset in ("imagenet", "folder", "chexpert"):
         return images
-    if not dataset.startswith("cifar"):
+    if dataset in ("digits", "mnist", "fake"):
         return affine_warp(images, affine_matrix(1 + 0.05 * draws[:, :2], draws[:, 2:4], 5 * draws[:, 4]))
     flips = torch.stack([draws[:, 2].sign(), torch.ones_like(draws[:, 2])], dim=1)
-    return affine_warp(images, affine_matrix(flips, (4.5 * draws[:, :2]).round()))
+    reach = 2.5 if dataset == "fashion_mnist" else 4.5
+    return affine_warp(images, affine_matrix(flips, (reach * draws[:, :2]).round()))
 
 
 # ---------- Corruptions: ImageNet-C's 15, batched; randomness is a function of an image's pixels ----------
@@ -1434,20 +1435,26 @@ STATISTICS = {
 def build_model(name: str, num_classes: int, dataset: str) -> nn.Module:
     """An untrained classifier from images in [0, 1], (B, 3, H, W), to logits (B, num_classes).
 
-    name: a key of MODELS, or a classification model of torchvision. dataset: whose statistics normalise the
-    input; those of SMALL take slim widths. Raises InputError for an unknown name.
+    name: a key of MODELS, a classification model of torchvision, or FILE.py:function, from the number of
+    classes to a module that normalises its input itself. dataset: whose statistics normalise the input; those
+    of SMALL take slim widths. Raises InputError for an unknown name, and a model that does not fit.
     """
-    statistics = STATISTICS[normalisation(dataset, name)]
-    if name not in MODELS or (name == "student" and dataset not in SMALL):
-        model = torchvision_model("resnet18" if name == "student" else name, num_classes, *statistics)
+    own, statistics = ".py:" in name, STATISTICS.get(normalisation(dataset, name))
+    if own or name not in MODELS or (name == "student" and dataset not in SMALL):
+        torchvisions = "resnet18" if name == "student" else name
         side = 32 if dataset in NUM_CLASSES else FAKE_SHAPE[-1] if dataset == "fake" else 224
         try:
+            make = load_function(name) if own else None
+            model = make(num_classes) if own else torchvision_model(torchvisions, num_classes, *statistics)
             with torch.no_grad():
-                model.eval()(torch.zeros(1, 3, side, side))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise InputError(
-                f"model '{name}' does not take {side} px images ({error}): choose another"
-            ) from error
+                given = tuple(model.eval()(torch.zeros(2, 3, side, side)).shape)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a model raises
+            what = f"model '{name}' does not take {side} px images ({error!r})"
+            raise InputError(f"{what}: choose another") from error
+        if given != (2, num_classes):
+            raise InputError(f"model '{name}' gives {given} for 2 images, not logits {(2, num_classes)}")
         return model.train()
     constructor, published, slim = MODELS[name]
     model = constructor(num_classes, **(slim if dataset in SMALL else published))
@@ -1456,6 +1463,8 @@ def build_model(name: str, num_classes: int, dataset: str) -> nn.Module:
 
 def normalisation(dataset: str, name: str) -> str:
     """How a classifier's inputs are normalised, for the protocol."""
+    if ".py:" in name:
+        return "the model itself"
     # torchvision's Inception and GoogLeNet were trained on inputs normalised by 0.5/0.5
     halves = ("googlenet", "inception_v3", *[model for model in MODELS if model not in RESNETS])
     pictures = dataset in ("imagenet", "folder", "chexpert") and name not in halves
@@ -1595,20 +1604,36 @@ def load_classifier(
     if weights is None and dataset in ("imagenet", "folder"):
         return load_imagenet_weights(model, name, machine, dry_run)
     file = Path(weights or WEIGHTS / f"{dataset}-{name}.pt")
-    if weights is None and dataset.startswith("cifar"):
+    if weights is None and (".py:" in name or dataset.startswith("cifar")):
         weights = f"gretta-{name}" * (dataset == "cifar100")
         if weights not in PUBLISHED_WEIGHTS:
-            raise InputError(f"no weights of {name} for {dataset} are known: give some with --weights")
+            how = f"or train some with python common.py --train-weights {name} --dataset {dataset}"
+            raise InputError(f"no weights of {name} for {dataset} are known: give some with --weights, {how}")
     if weights in PUBLISHED_WEIGHTS:
         file = published_file(weights, machine, dry_run)
-    elif weights is None and not file.is_file() and not dry_run:
-        if machine.is_main:
-            print(f"{file} is missing: training {name} on the training images of {dataset} first", flush=True)
-        trained = train_classifier(name, dataset, machine, data_root)  # alike on every rank
-        machine.on_main(lambda: save_atomically(trained.state_dict(), file))
+    elif weights is None:
+        alone = machine._replace(rank=0, world_size=1)
+        train, val = (Images(*load_split(dataset, part, data_root), alone) for part in SPLITS[:2])
+        data = fingerprint(train)
+        if file.is_file() and load_tensors(file, "remove it").get("data", data) != data:
+            file = file.with_stem(f"{file.stem}-{data}")  # made for other data of that name
+        if not file.is_file() and not dry_run:
+            if machine.is_main:
+                print(f"{file} is missing: training {name} on the training images of {dataset}", flush=True)
+            torch.manual_seed(0)
+            trained = build_model(name, NUM_CLASSES[dataset], dataset)
+            trained.to(machine.device, memory_format=machine.weight_layout)
+            train_classifier(trained, dataset, train, val, RECIPES[dataset])  # alike on every rank
+            machine.on_main(lambda: save_atomically({"state_dict": trained.state_dict(), "data": data}, file))
     if dry_run and not weights and not (file and file.is_file()) or file is None:
         return "untrained: a dry run neither downloads nor trains a classifier first"
     return load_best_state(model, file)
+
+
+def fingerprint(data: Images) -> str:
+    """Ties a classifier that is kept to the data that it was trained on."""
+    pixels = data.images[:: max(1, len(data) // 500)].cpu().numpy().tobytes()
+    return hashlib.sha256(pixels + data.labels.cpu().numpy().tobytes()).hexdigest()[:8]
 
 
 def load_imagenet_weights(model: nn.Module, name: str, machine: "Machine", dry_run: bool) -> str:
@@ -1635,33 +1660,54 @@ def load_imagenet_weights(model: nn.Module, name: str, machine: "Machine", dry_r
     return f"{file}" + f", but for {', '.join(head)} (another number of classes)" * bool(head)
 
 
-def train_classifier(name: str, dataset: str, machine: "Machine", data_root: str = "data") -> nn.Module:
-    """A classifier of one of SMALL: SGD with Nesterov momentum 0.9, weight decay 5e-4, one-cycle learning
-    rate, label smoothing 0.1, light augmentation. Alike on every rank."""
+# Of a plain training: epochs, images per step over all ranks, largest learning rate, weight decay
+RECIPES = {"digits": (30, 50, 0.1, 5e-4), "mnist": (5, 100, 0.1, 5e-4), "fashion_mnist": (30, 100, 0.1, 5e-4)}
+RECIPES |= {
+    "cifar10": (200, 128, 0.1, 5e-4),
+    "cifar100": (200, 128, 0.1, 5e-4),
+    "folder": (90, 256, 0.1, 1e-4),
+}
+
+
+def train_classifier(
+    model: nn.Module,
+    dataset: str,
+    train: Data,
+    val: Data,
+    recipe: tuple,
+    run: "Run | None" = None,
+    seed: int = 0,
+) -> None:
+    """Train plainly: SGD with Nesterov momentum 0.9, one cycle of the learning rate (up for 30 % of the
+    steps, then a cosine to zero), label smoothing 0.1, light augmentation. recipe: a row of RECIPES. run:
+    where it is logged, and resumed."""
     from tqdm import tqdm
 
-    alone, seed = machine._replace(rank=0, world_size=1), 0
-    epochs, batch_size = (30, 50) if dataset == "digits" else (3, 100)
-    train, val = (Images(*load_split(dataset, split, data_root), alone) for split in ("train", "val"))
-    torch.manual_seed(seed)
-    model = build_model(name, NUM_CLASSES[dataset], dataset)
-    model.to(machine.device, memory_format=machine.weight_layout)
-    settings = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, **settings)
-    steps = epochs * (len(train) // batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
-    bar = tqdm(range(steps), desc=f"train {name}", unit="step", disable=not machine.is_main)
-    for step, (images, labels, _) in zip(bar, train.batches(batch_size, seed)):
-        draws = alone.uniform((batch_size, 5), alone.generator(seed, step))
-        images = light_augmentation(to_float(images), dataset, draws)
-        loss = F.cross_entropy(model.train()(machine.layout(images)), labels, label_smoothing=0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % (steps // epochs) == 0:
-            bar.set_postfix(val_accuracy=f"{evaluate([model], val)[0]['top1_accuracy']:.1f}")
-    return model.eval()
+    machine, (epochs, batch_size, top, decay) = train.machine, recipe
+    optimizer = torch.optim.SGD(model.parameters(), top, 0.9, weight_decay=decay, nesterov=True, fused=True)
+    scaler, totals, steps_per_epoch = machine.scaler(), Totals(2, machine), len(train) // batch_size
+    if run:
+        run.track({}, classifier=model, optimizer=optimizer, scaler=scaler, totals=totals)
+    trained, total = distribute(model, machine), epochs * steps_per_epoch
+    batches = train.batches(batch_size, seed, run.step if run else 0, crop=True)
+    alone = tqdm(range(total), desc="train", unit="step", disable=bool(run) or not machine.is_main)
+    steps = run.steps(batches, total, steps_per_epoch) if run else zip(alone, batches)
+    for step, (images, labels, _) in steps:
+        moves = machine.uniform((batch_size, 5), machine.generator(seed, step))
+        images = light_augmentation(to_float(images), dataset, moves)
+        with machine.autocast():
+            logits = trained.train()(machine.layout(images)).float()
+        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.1) / batch_size
+        done = (step + 1) / total
+        lr = top * (done / 0.3 if done < 0.3 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.3) / 0.7))
+        descend(loss * machine.world_size, optimizer, scaler, lr)
+        totals.add(loss, (logits.argmax(1) == labels).sum())
+        if run and (step + 1) % steps_per_epoch == 0:
+            loss, right = totals.read(step + 1)
+            figures = {"loss": loss / steps_per_epoch, "accuracy": 100 * right / steps_per_epoch / batch_size}
+            totals.own.zero_()
+            figures["val_accuracy"] = evaluate([model], val)[0]["top1_accuracy"]
+            run.log(step + 1, epoch=(step + 1) // steps_per_epoch, **figures)
 
 
 # ---------- Black boxes: programs of which only the answers are known ----------
@@ -2186,7 +2232,8 @@ class Run:
     def new_directory(self) -> Path:
 
         args = self.args
-        name = f"{args.dataset}-{args.model}-{self.method}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        model = Path(args.model).name.replace(".py:", "-")
+        name = f"{args.dataset}-{model}-{self.method}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         directory = Path(args.run_dir or Path("runs") / self.script / name)
         while not args.run_dir and directory.exists():  # begun in the same second
             directory = directory.with_name(directory.name + "-2")
@@ -2738,26 +2785,61 @@ def fetch(name: str, data_root: str | Path) -> Path:
 # ---------- As a program ----------
 
 
+def train_weights(args: argparse.Namespace) -> None:
+    """--train-weights: a run that leaves weights.pt, also as weights/DATASET-MODEL.pt where that is missing."""
+    machine = start_machine(args.device, args.amp, args.seed)
+    where = {"workers": 0 if args.dry_run else machine.workers(args.workers), "dry_run": args.dry_run}
+    sets = load_sets(args.dataset, args.data_root, machine, corruptions=None, **where)
+    args.epochs, args.batch_size = 1 if args.dry_run else args.epochs, min(args.batch_size, len(sets.train))
+    model = build_model(args.model, len(sets.classes), args.dataset)
+    model.to(machine.device, memory_format=machine.weight_layout)
+    run = Run(args, machine, "plain")
+    recipe = (args.epochs, args.batch_size, args.lr, args.weight_decay)
+    train_classifier(model, args.dataset, sets.train, sets.val, recipe, run, args.seed)
+    val, test = (evaluate([model], data)[0]["top1_accuracy"] for data in (sets.val, sets.test))
+    if not run.finished:
+        about = {
+            "n_train": len(sets.train),
+            "n_eval": len(sets.test),
+            "protocol": "top-1 accuracy, clean images",
+        }
+        run.finish(about | {"val_accuracy": val, "test_accuracy": test})
+    small = isinstance(sets.train, Images) and ".py:" not in args.model and not args.dry_run
+    files = [run.directory / "weights.pt", WEIGHTS / f"{args.dataset}-{args.model}.pt"][: 1 + small]
+    content = {"state_dict": model.state_dict()} | ({"data": fingerprint(sets.train)} if small else {})
+    for file in files:
+        if file.parent == run.directory or not file.is_file():
+            machine.on_main(lambda file=file: save_atomically(content, file))
+    if machine.is_main:
+        print(
+            f"{files[0]}: {val:.2f} % of the validation images, {test:.2f} % of the {len(sets.test)} test images"
+        )
+
+
 def main() -> None:
     names = (*TORCHVISION, *ARCHIVES, *PUBLISHED_WEIGHTS)
-    parser = Parser(description=__doc__.split("\n\n")[-1].strip())
+    parser = Parser(RECIPES, description=__doc__.split("\n\n")[-1].strip())
     add = parser.add_argument
     add("run_dirs", nargs="*", metavar="RUN_DIR", help="finished runs: print mean ± std over their seeds")
     add("--by", action="append", default=[], metavar="SETTING", help="rows by this setting too, such as M")
-    add("--train-weights", metavar="MODEL", help="train this classifier on digits: weights/digits-MODEL.pt")
     add("--download", choices=names, metavar="NAME", help=f"get one of {', '.join(names)}")
-    add("--data-root", default="data", metavar="DIR", help="where the data sets lie")
-    args = parser.parse_args()
+    add = parser.add_argument_group("training", "defaults by data set").add_argument
+    add("--train-weights", "--model", dest="model", metavar="MODEL", help="train it plainly on --dataset")
+    add("--epochs", type=number(int, 1), help="passes over the training set")
+    add("--batch-size", type=number(int, 2), help="images per step over all ranks")
+    add("--lr", type=number(float, 0, open_low=True), help="at the top of its one cycle")
+    add("--weight-decay", type=number(float, 0), help="of SGD")
+    parser.set_defaults(checkpoint_every=1, workers=0)
+    names = ("epochs", "batch_size", "lr", "weight_decay")
+    args = parser.parse(None, lambda given: dict(zip(names, RECIPES[given.dataset])))
     if args.download in PUBLISHED_WEIGHTS:
         print(published_file(args.download, Machine(torch.device("cpu"))))
     elif args.download:
         print(f"{fetch(args.download, args.data_root)} is there")
-    elif args.train_weights:
-        machine, file = start_machine(), WEIGHTS / f"digits-{args.train_weights}.pt"
-        model = train_classifier(args.train_weights, "digits", machine, args.data_root)
-        save_atomically(model.state_dict(), file)
-        test = evaluate([model], Images(*load_split("digits", "test", args.data_root), machine))[0]
-        print(f"{file}: {test['top1_accuracy']:.2f} % of the 600 clean test digits")
+    elif args.model:
+        for name in ("run_dirs", "by", "download"):  # say nothing of a training
+            delattr(args, name)
+        train_weights(args)
     elif args.run_dirs:
         print(table(args.run_dirs, args.by))
     else:

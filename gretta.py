@@ -383,11 +383,11 @@ def load_model(
     return model.to(machine.device, memory_format=machine.weight_layout).eval().requires_grad_(False), origin
 
 
-def find_student(given: str | None, run_dir: str | None, dataset: str, model: str) -> str | None:
-    """The student that is given, else of the run that goes on, else shipped for the `model` ("": one with
-    weights of the user's); None: one has to be distilled."""
-    files = [given, Path(run_dir or "runs", "student.pt"), common.WEIGHTS / f"{dataset}-{model}-student.pt"]
-    files += [f"gretta-{model}-student"] * (dataset == "cifar100")
+def find_student(given: str | None, run_dir: str | None, origin: str) -> str | None:
+    """The student that is given, else of the run that goes on, else beside the classifier's file, or published
+    like it; None: one has to be distilled."""
+    name, file = f"{Path(origin).stem}-student", Path(origin)
+    files = [given, Path(run_dir or "runs", "student.pt"), file.with_name(f"{name}.pt"), name]
     known = lambda file: file == given or file in common.PUBLISHED_WEIGHTS or Path(file).is_file()
     return next((str(file) for file in files if file and known(file)), None)
 
@@ -825,10 +825,8 @@ def main() -> None:
     on = (args.dataset, sets, machine, args.data_root, args.dry_run)
     classifier, origin = load_model(args.model, args.weights, args.blackbox, *on)
     black_box = BlackBox(classifier, machine, args.est == "whitebox")
-    surrogate, shipped = args.est == "surrogate" and not using, not (args.weights or args.blackbox)
-    found = (
-        find_student(args.student, args.run_dir, args.dataset, shipped * args.model) if surrogate else None
-    )
+    surrogate = args.est == "surrogate" and not using
+    found = find_student(args.student, args.run_dir, origin) if surrogate else None
     student = load_model("student", found, None, *on)[0] if found else None
     torch.manual_seed(common.mix("policy", args.seed))  # whatever the classifier drew
     policy = Policy(args.policy, num_levels, args.sigmoid, args.init).to(machine.device)

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_equal_weights
+from conftest import ROOT, assert_equal_weights, refused, results_of, run_here, state_of
 from PIL import Image, ImageEnhance
 from torch import nn
 from torchvision.models import get_model
@@ -280,6 +280,52 @@ def test_a_missing_classifier_is_trained_and_kept(tmp_path, monkeypatch, capsys)
     assert common.evaluate([model], common.Images(*few, MACHINE))[0]["top1_accuracy"] > 20
     assert_equal_weights(load("resnext", "digits")[0].state_dict(), model.state_dict())
     assert not capsys.readouterr().out  # nothing is trained again
+    few[0] = few[0].flip(3)  # other pictures under the same name
+    other, source = load("resnext", "digits")
+    assert re.fullmatch(r"digits-resnext-[0-9a-f]{8}.pt", Path(source).name) and file.is_file()
+    assert not torch.equal(other.classifier.weight, model.classifier.weight)
+
+
+OWN = """import torch
+def net(classes):
+    return torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(192, classes))
+def wrong(classes):
+    return torch.nn.Flatten()
+def broken(classes):
+    return torch.nn.Linear(1, 1)
+"""
+
+
+def test_a_model_of_ones_own_is_trained_plainly_and_used_by_every_script(tmp_path):
+    """Stopped within an epoch and resumed it is, to the last bit, the one that was never stopped."""
+    (tmp_path / "mine.py").write_text(OWN)
+    model, runs = f"{tmp_path / 'mine.py'}:net", [tmp_path / "one", tmp_path / "two"]
+    train = ("common", "--train-weights", model, "--epochs", 2, "--checkpoint-minutes", 1e-9, "--run-dir")
+    run_here(*train, runs[0])
+    evaluate, common_evaluate = [], common.evaluate
+
+    def stopping(*arguments):
+        evaluate.append(1)
+        if len(evaluate) == 2:
+            raise KeyboardInterrupt
+        return common_evaluate(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "evaluate", stopping)
+        run_here(*train, runs[1])
+    assert state_of(runs[1])["step"] == 39
+    printed = run_here(*train, runs[1], "--resume")
+    states = [torch.load(run / "weights.pt", weights_only=True)["state_dict"] for run in runs]
+    assert_equal_weights(*states)
+    accuracy = results_of(runs[0])["test_accuracy"]
+    assert accuracy == results_of(runs[1])["test_accuracy"] > 50 and f"{accuracy:.2f} % of the 600" in printed
+    flags = ("--dry-run", "--model", model, "--weights", runs[0] / "weights.pt", "--run-dir")
+    for script in ("gretta", "advaa", "game_of_noise"):
+        run_here(script, *flags, tmp_path / script)
+        assert "the model itself" in results_of(tmp_path / script)["protocol"]
+    for name, words in {"wrong": "gives (2, 3072)", "broken": "32 px", "absent": "absent"}.items():
+        refused(tmp_path, "advaa.py", "--model", f"{tmp_path / 'mine.py'}:{name}", names=(words, "mine.py"))
+    refused(tmp_path, "gretta.py", "--model", model, names=("--weights", "--train-weights"))
 
 
 def test_published_checkpoints_by_name(tmp_path, monkeypatch):
@@ -340,11 +386,14 @@ def test_affine_warp_and_contrast_agree_with_pil():
 
 
 def test_light_augmentation():
-    """CIFAR: up to 4 px and mirrored; small grey pictures: ±1 px, zoom, ±5°; pictures on disk: nothing."""
+    """CIFAR: up to 4 px and mirrored; Fashion-MNIST: 2; digits: ±1 px, zoom, ±5°; pictures on disk: nothing."""
     images, draws = torch.rand(3, 3, 32, 32), torch.tensor([[0, 0, -0.1], [0.99, 0, 0.1], [0, -0.99, 0.1]])
     assert common.light_augmentation(images, "folder", draws) is images
     expected = images[0].flip(2), F.pad(images[1], (4, -4)), F.pad(images[2], (0, 0, -4, 4))
     done = common.light_augmentation(images, "cifar10", draws)
+    torch.testing.assert_close(done, torch.stack(expected), atol=1e-4, rtol=0)
+    expected = images[0].flip(2), F.pad(images[1], (2, -2)), F.pad(images[2], (0, 0, -2, 2))
+    done = common.light_augmentation(images, "fashion_mnist", draws)
     torch.testing.assert_close(done, torch.stack(expected), atol=1e-4, rtol=0)
     zoom, shift, degrees = torch.tensor([[1.05, 0.95]]), torch.tensor([[1.0, -1]]), torch.tensor([5.0])
     done = common.light_augmentation(images[:1], "mnist", torch.tensor([[1.0, -1, 1, -1, 1]]))
