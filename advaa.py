@@ -307,7 +307,7 @@ def crop_flip_cutout(images: Tensor, offsets: Tensor, flips: Tensor, centres: Te
 
 # ---------- Views ----------
 
-CROP = {"cifar10": 4, "cifar100": 4, "fake": 4}  # px, with flips; pictures have theirs
+CROP = {"cifar10": 4, "cifar100": 4, "fake": 4, "fashion_mnist": 2}  # px, with flips; pictures have theirs
 DRAWS = 16  # numbers that a view draws
 
 

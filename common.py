@@ -43,6 +43,7 @@ TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CI
 TORCHVISION["cifar100"] = "CIFAR100"
 IDX = ("images-idx3-ubyte", "labels-idx1-ubyte")  # how MNIST's files are named, after train- or t10k-
 SMALL = ("digits", "mnist", "fashion_mnist")  # grey: slim models, trained here where none is shipped
+GENERATED = ("digits", "fashion_mnist", "fake")  # whose corruptions nobody has published
 FAKE_SHAPE = (256, 10, 32, 32)  # of the data set "fake": training images, classes, height, width
 
 
@@ -469,7 +470,7 @@ def load_sets(
 
     dataset: one of NUM_CLASSES, "imagenet", "folder" or "fake". split: what is evaluated, "test", or "val" to
     tune on. validation: hold validation images out of the training images. corruptions: "needed", "if there"
-    or None; digits' and fake's are generated, others with `generate`. A dry run takes a few images of each,
+    or None; those of GENERATED are made, others with `generate`. A dry run takes a few images of each,
     and downloads nothing.
     """
     if dataset == "fake":
@@ -496,7 +497,7 @@ def load_sets(
         parts = [part and part.take(most) for part, most in zip(parts, (64, 64, 16))]
     skipped = {part.place: part.skipped for part in parts if part and getattr(part, "skipped", 0)}
     notes = [f"{count} files in {place} are no pictures: passed over" for place, count in skipped.items()]
-    found, made = None, dataset in ("digits", "fake")
+    found, made = None, dataset in GENERATED
     try:
         if corruptions and (made or split == "val"):
             raise MissingData(f"no corruptions of {dataset}'s {split} images are published")

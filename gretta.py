@@ -204,7 +204,7 @@ def strong_augmentation(images: Tensor, draws: Tensor, dataset: str) -> Tensor:
     """The published training run's: rotation ±30°, translation ±half the side, zoom 0.7..1.3, pad-crop 4,
     brightness, contrast and saturation 0.5..1.5; flip and hue ±half a turn where they leave the class alone.
     images (B, 3, H, W) in [0, 1]; draws (B, 11), uniform in −1..1, say how much of each."""
-    flip = dataset not in (*common.SMALL, "chexpert")
+    flip = dataset not in ("digits", "mnist", "chexpert")
     zoom = (1 + 0.3 * draws[:, :1]).repeat(1, 2)
     if flip:
         zoom = zoom * torch.stack([draws[:, 1].sign(), torch.ones_like(zoom[:, 0])], dim=1)

@@ -20,7 +20,6 @@ forward pass, number of images at a time are the fastest of those tried here. Pe
 or what torch allocated (GPU).
 """
 
-import argparse
 import contextlib
 import gc
 import importlib
@@ -126,10 +125,8 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     with contextlib.suppress(OSError):
-        return (
-            int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-            / 1024
-        )
+        found = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        return int(found.split()[1]) / 1024
     return float("nan")
 
 
@@ -146,9 +143,8 @@ class Setting(NamedTuple):
 
     def __str__(self) -> str:
         words = [str(self.dtype or torch.float32), str(self.layout)] + ["affine batch norm"] * self.affine
-        return ", ".join(
-            word.removeprefix("torch.").removesuffix("_format") for word in words
-        ) + f", by {self.part}" * (self.part < 10**9)
+        words = [word.removeprefix("torch.").removesuffix("_format") for word in words]
+        return ", ".join(words + [f"by {self.part}"] * (self.part < 10**9))
 
     def autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
@@ -168,16 +164,10 @@ def fastest(make: Make, settings: list[Setting], count: int, device: torch.devic
 
 
 def all_settings(device: torch.device) -> list[Setting]:
-    half = (
-        torch.bfloat16
-        if device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-        else torch.float16
-    )
-    return [
-        Setting(dtype, layout)
-        for dtype in (None, half)
-        for layout in (torch.contiguous_format, torch.channels_last)
-    ]
+    bfloat16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    dtypes = (None, torch.bfloat16 if bfloat16 else torch.float16)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    return [Setting(dtype, layout) for dtype in dtypes for layout in layouts]
 
 
 def random_batch(case: Case, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,9 +175,7 @@ def random_batch(case: Case, count: int, device: torch.device) -> tuple[torch.Te
     return images, torch.randint(case.classes, (count,), device=device)
 
 
-def build(
-    case: Case, device: torch.device, layout: torch.memory_format = torch.contiguous_format
-) -> nn.Module:
+def build(case: Case, device: torch.device, layout: torch.memory_format) -> nn.Module:
     model = common.build_model(case.model, case.classes, case.dataset).to(device, memory_format=layout)
     if "--compile" in case.flags:
         model.compile()
@@ -199,9 +187,8 @@ def training_step(case: Case, device: torch.device) -> Make:
 
     def make(setting: Setting, count: int) -> Work:
         model = build(case, device, setting.layout).train()
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
-        )
+        settings = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
+        optimizer = torch.optim.SGD(model.parameters(), **settings)
         images, labels = random_batch(case, count, device)
         images = images.contiguous(memory_format=setting.layout)
         scaler = torch.amp.GradScaler(device.type, enabled=setting.dtype == torch.float16)
@@ -283,35 +270,25 @@ def limit_of(case: Case, device: torch.device, quick: bool) -> tuple[list[Settin
     """The least work that the case's step can be done with: its parts' settings, tried on some of the images,
     and one call of all."""
     settings = all_settings(device)
-    tried, repeats = (
-        (16, 2) if quick and case.dataset != "digits" else (64, 3)
-    )  # slim models: few images would not tell settings apart
+    # Of slim models few images would not tell settings apart
+    tried, repeats = (16, 2) if quick and case.dataset != "digits" else (64, 3)
     if case.script == "gretta":
-        parts = [
-            (forward_pass(case, device), 2 * case.factor * case.batch, settings),
-            (policy_pass(case, device), case.batch, settings),
-        ]
+        queries = 2 * case.factor * case.batch
+        parts = [(forward_pass(case, device), queries, settings)]
+        parts.append((policy_pass(case, device), case.batch, settings))
     elif case.script == "advaa":
         parts = [(training_step(case, device), case.factor * case.batch, settings)]
     else:
         affine = [setting._replace(affine=True) for setting in settings if device.type == "cpu"]
-        parts = [
-            (gradient_of_images(case, device), case.batch, settings + affine),
-            (training_step(case, device), case.batch, settings),
-        ]
+        parts = [(gradient_of_images(case, device), case.batch, settings + affine)]
+        parts.append((training_step(case, device), case.batch, settings))
     chosen = [fastest(make, choice, min(count, tried), device, repeats) for make, count, choice in parts]
     if case.script == "gretta":
         make, count, _ = parts[0]
         sizes = (16, 64) if quick else (8, 16, 32, 64, 128)
-        if device.type == "cuda":
-            sizes = (4096, 16384)
-        chosen[0] = fastest(
-            make,
-            [chosen[0]] + [chosen[0]._replace(part=size) for size in sizes if size < count],
-            count,
-            device,
-            repeats,
-        )
+        sizes = (4096, 16384) if device.type == "cuda" else sizes
+        tries = [chosen[0]] + [chosen[0]._replace(part=size) for size in sizes if size < count]
+        chosen[0] = fastest(make, tries, count, device, repeats)
     works = [make(setting, count) for setting, (make, count, _) in zip(chosen, parts)]
     return chosen, lambda: [work() for work in works]
 
@@ -334,36 +311,34 @@ def script_flags(case: Case) -> str:
 
 
 def cases_of(device: torch.device, quick: bool) -> dict[str, Case]:
-    cases = {}
-    if device.type == "cuda":
-        for flags in ("", "--compile"):
-            cases[f"gretta vanilla, wideresnet {flags}"] = Case(
-                "gretta", flags, "wideresnet", 100, 32, "cifar100", 256, 12
-            )
-            cases[f"advaa M=8, WRN-28-10 {flags}"] = Case(
-                "advaa", flags, "wresnet28_10", 10, 32, "cifar10", 128, 8
-            )
-            cases[f"ANT, ResNet-50 {flags}"] = Case(
-                "game_of_noise", flags, "resnet50", 1000, 224, "imagenet", 70
-            )
+    cases, cuda = {}, device.type == "cuda"
+    for flags in ("", "--compile") if cuda else ():
+        gretta = Case("gretta", flags, "wideresnet", 100, 32, "cifar100", 256, 12)
+        cases[f"gretta vanilla, wideresnet {flags}"] = gretta
+        cases[f"advaa M=8, WRN-28-10 {flags}"] = Case(
+            "advaa", flags, "wresnet28_10", 10, 32, "cifar10", 128, 8
+        )
+        cases[f"ANT, ResNet-50 {flags}"] = Case("game_of_noise", flags, "resnet50", 1000, 224, "imagenet", 70)
     few, several = (4, 16) if quick else (16, 64)
-    for model in ("wideresnet", "resnext") if device.type == "cpu" else ():
+    for model in ("wideresnet", "resnext") if not cuda else ():
         cases[f"gretta vanilla, {model}"] = Case("gretta", "", model, 100, 32, "cifar100", few, 12)
         cases[f"advaa M=8, {model}"] = Case("advaa", "", model, 10, 32, "cifar10", few, 8)
         cases[f"ANT, {model}"] = Case("game_of_noise", "", model, 10, 32, "cifar10", several)
-    for model in ("resnext", "wideresnet") if device.type == "cpu" else ():
-        first = model == "resnext"
-        cases[f"gretta vanilla, digits {model}"] = Case(
-            "gretta", "", model, 10, 32, "digits", 24, 12, quick=first
-        )
-        cases[f"advaa M=8, digits {model}"] = Case("advaa", "", model, 10, 32, "digits", 50, 8, quick=first)
-        cases[f"ANT, digits {model}"] = Case("game_of_noise", "", model, 10, 32, "digits", 50, quick=first)
-    model = "wideresnet" if device.type == "cpu" else "wresnet28_10"
+    for model in ("resnext", "wideresnet") if not cuda else ():
+        digits, first = ("", model, 10, 32, "digits"), model == "resnext"
+        cases[f"gretta vanilla, digits {model}"] = Case("gretta", *digits, 24, 12, quick=first)
+        cases[f"advaa M=8, digits {model}"] = Case("advaa", *digits, 50, 8, quick=first)
+        cases[f"ANT, digits {model}"] = Case("game_of_noise", *digits, 50, quick=first)
+    model = "wresnet28_10" if cuda else "wideresnet"
     for policy in ("none", "trivial"):
-        cases[f"training, --policy {policy}"] = Case(
-            "advaa", f"--policy {policy}", model, 10, 32, "cifar10", 128, 1
-        )
+        training = Case("advaa", f"--policy {policy}", model, 10, 32, "cifar10", 128, 1)
+        cases[f"training, --policy {policy}"] = training
     return {name.strip(): case for name, case in cases.items() if case.quick or not quick}
+
+
+def figures_of(seconds: float, limit_seconds: float, limit: str, **more: object) -> dict:
+    figures = {"seconds": seconds, "limit_seconds": limit_seconds, "ratio": limit_seconds / seconds}
+    return figures | {"limit": limit} | more
 
 
 def measure(case: Case, device: torch.device, quick: bool) -> dict:
@@ -385,15 +360,8 @@ def measure(case: Case, device: torch.device, quick: bool) -> dict:
         run_main(case.script, script_flags(case._replace(flags=case.flags + " --amp" * amp)), device, timer)
     ours, least = statistics.median(timer.ours), statistics.median(timer.limits)
     images = case.batch * {"gretta": 2 * case.factor, "advaa": case.factor, "game_of_noise": 1}[case.script]
-    figures = {
-        "seconds": ours,
-        "limit_seconds": least,
-        "ratio": least / ours,
-        "limit": "; ".join(map(str, chosen)),
-        "images_per_second": images / ours,
-    }
-    figures |= {"peak_memory_mb": timer.memory, "rounds": rounds, "amp": amp}
-    return figures
+    more = {"images_per_second": images / ours, "peak_memory_mb": timer.memory, "rounds": rounds, "amp": amp}
+    return figures_of(ours, least, "; ".join(map(str, chosen)), **more)
 
 
 def run_main(script: str, flags: str, device: torch.device, timer: Timer) -> None:
@@ -426,9 +394,8 @@ def test_time(device: torch.device, quick: bool) -> dict:
     import gretta
 
     machine = common.start_machine(device.type, amp=True)
-    classifier = (
-        common.build_model("resnext", 100, "cifar100").to(device, memory_format=machine.weight_layout).eval()
-    )
+    classifier = common.build_model("resnext", 100, "cifar100").eval()
+    classifier.to(device, memory_format=machine.weight_layout)
     policy = gretta.Policy("resnet18", 4, False, "zero").to(device, memory_format=machine.weight_layout)
     data = common.Images(*common.fake_images(200 if device.type == "cpu" else 20_000, 100, 32, 32), machine)
 
@@ -440,17 +407,8 @@ def test_time(device: torch.device, quick: bool) -> dict:
     reset_peak_memory(device)
     rounds = [(seconds_of(ours, device), seconds_of(limit, device)) for _ in range(3 if quick else 9)]
     seconds, least = (statistics.median(column) for column in zip(*rounds))
-    figures = {
-        "seconds": seconds,
-        "limit_seconds": least,
-        "ratio": least / seconds,
-        "limit": "the classifier alone",
-    }
-    return figures | {
-        "images_per_second": len(data) / seconds,
-        "peak_memory_mb": peak_memory_mb(device),
-        "rounds": len(rounds),
-    }
+    more = {"images_per_second": len(data) / seconds, "peak_memory_mb": peak_memory_mb(device)}
+    return figures_of(seconds, least, "the classifier alone", **more, rounds=len(rounds))
 
 
 def start_up(device: torch.device, quick: bool) -> dict[str, dict]:
@@ -465,43 +423,23 @@ def start_up(device: torch.device, quick: bool) -> dict[str, dict]:
         return time.perf_counter() - begun
 
     for script in SCRIPTS:
-        rounds = [
-            (seconds(f"{script}.py", "--help"), seconds("-c", "import torch"))
-            for _ in range(2 if quick else 5)
-        ]
-        ours, least = (statistics.median(column) for column in zip(*rounds))
-        figures[f"start, {script} --help"] = {
-            "seconds": ours,
-            "limit_seconds": least,
-            "ratio": least / ours,
-            "limit": "import torch",
-        }
+        pair = lambda: (seconds(f"{script}.py", "--help"), seconds("-c", "import torch"))  # noqa: B023
+        ours, least = (
+            statistics.median(column) for column in zip(*(pair() for _ in range(2 if quick else 5)))
+        )
+        figures[f"start, {script} --help"] = figures_of(ours, least, "import torch")
     for script in SCRIPTS:
         with tempfile.TemporaryDirectory() as directory:
             log = Path(directory) / "run" / "log.jsonl"
-            command = [
-                sys.executable,
-                f"{script}.py",
-                "--log-every",
-                "1",
-                "--device",
-                device.type,
-                "--run-dir",
-                str(log.parent),
-            ]
+            flags = f"--log-every 1 --device {device.type} --run-dir {log.parent}".split()
             begun = time.perf_counter()
-            process = subprocess.Popen(command, **quiet)
+            process = subprocess.Popen([sys.executable, f"{script}.py", *flags], **quiet)
             while process.poll() is None and not (log.is_file() and log.stat().st_size):
                 time.sleep(0.01)
             ours = time.perf_counter() - begun
             process.kill()
             process.wait()
-        figures[f"start, {script} first step"] = {
-            "seconds": ours,
-            "limit_seconds": 8.0,
-            "ratio": 8 / ours,
-            "limit": "8 s",
-        }
+        figures[f"start, {script} first step"] = figures_of(ours, 8.0, "8 s")
     return figures
 
 
@@ -522,28 +460,21 @@ def device_name(device: torch.device) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto takes a GPU where there is one",
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer cases and repeats")
-    parser.add_argument(
+    parser = common.Parser(description=__doc__)
+    add = parser.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
+    add("--quick", action="store_true", help="fewer cases and repeats")
+    add(
         "--json", metavar="FILE", help="write the figures as JSON, {case: {seconds, limit_seconds, ratio, …}}"
     )
-    parser.add_argument("--only", metavar="WORD", default="", help="cases whose names hold this word")
+    add("--only", metavar="WORD", default="", help="cases whose names hold this word")
     args = parser.parse_args()
     device = common.start_machine(args.device).device
     print(f"{device_name(device)}, torch {torch.__version__}\n")
     print(f"{'':36s}{'s/step':>10s}{'limit':>10s}{'ratio':>7s}{'images/s':>11s}{'MB':>9s}  limit's setting")
-    works = {
-        name: (lambda case=case: {"": measure(case, device, args.quick)})
-        for name, case in cases_of(device, args.quick).items()
-    }
+    works = {}
+    for name, case in cases_of(device, args.quick).items():
+        works[name] = lambda case=case: {"": measure(case, device, args.quick)}
     works["test time, gretta resnext"] = lambda: {"": test_time(device, args.quick)}
     works["start"] = lambda: start_up(device, args.quick)
     machine, table = {"device": device_name(device), "torch": torch.__version__}, {}
