@@ -866,8 +866,7 @@ def snow(
 
 
 def frost(images: Tensor, keys: Tensor, keep: float, strength: float, scale: float) -> Tensor:
-    """keep * x + strength * ice. Differs from the paper: its ice is six photographs, ours a procedural
-    texture."""
+    """keep * x + strength * ice. Differs from the paper: its ice is photographs, ours is generated like them."""
     return keep * images + strength * ice(keys, *images.shape[-2:], scale)
 
 
@@ -1018,25 +1017,41 @@ def plasma(keys: Tensor, side: int, decay: float) -> Tensor:
     return field / field.amax((1, 2), keepdim=True)
 
 
-def ice(keys: Tensor, height: int, width: int, scale: float) -> Tensor:
-    """Frost on a dark window: patches of bright needles in three directions. (B, 3, H, W) in [0, 1].
+# Ice as the five photographs that the published frost draws from: mean R, G, B, all of 255; deviation of a
+# crop's mean; of four octaves of needles, ICE_WAVES px wide and twice as long; and how skewed the sum is
+ICE_WAVES = (1, 4, 30, 100)
+ICE = (
+    (79, 150, 167, 10, 8.8, 5.0, 7.5, 11.0, -0.003),
+    (201, 205, 214, 8, 9.7, 11.2, 4.0, 17.0, -0.006),
+    (201, 205, 214, 8, 9.7, 11.2, 4.0, 17.0, -0.006),
+    (138, 153, 165, 12, 17.2, 14.5, 4.0, 19.0, 0.0016),
+    (112, 124, 136, 17, 22.5, 18.5, 18.0, 18.5, 0.002),
+)
+ICE_SHRUNK = (0.2, 0.9, 1.0, 1.0)  # what the mean of 5 x 5 px leaves of each octave
 
-    scale: a needle is about 4 * scale px wide and 20 * scale px long; the mean is about 0.13.
+
+def ice(keys: Tensor, height: int, width: int, scale: float) -> Tensor:
+    """Frost on glass, (B, 3, H, W) in [0, 1], of one of five kinds; scale 1, or 0.2 for small images.
+
+    Per kind it has the photographs' mean, colour and percentiles and, within a crop of 224 px, of a channel,
+    their deviation and mean differences of pixels 1, 8 and 32 px apart.
     """
-    rows = torch.arange(height, device=keys.device)[:, None].float()
-    columns = torch.arange(width, device=keys.device).float()
-    tilt = 2 * math.pi * uniforms(keys, 0, (1, 1))
-    needles = 0
-    for i in range(3):
+    rows = torch.arange(height, device=keys.device)[:, None].float() - height / 2
+    columns = torch.arange(width, device=keys.device).float() - width / 2
+    kinds = (len(ICE) * uniforms(keys, 0, (1,))).long()[:, 0]
+    table = torch.tensor(ICE, device=keys.device)[kinds][..., None, None]  # (B, 9, 1, 1)
+    tilt = 2 * math.pi * uniforms(keys, 1, (1, 1))
+    total, variance = table[:, 3] * normals(keys, 2, (1, 1)), table[:, 3].square()
+    for i, (wave, left) in enumerate(zip(ICE_WAVES, ICE_SHRUNK)):
+        wave, deviation = max(wave * scale, 1), table[:, 4 + i] * (left if scale < 1 else 1)
         cosine, sine = (tilt + i * math.pi / 3).cos(), (tilt + i * math.pi / 3).sin()  # (B, 1, 1)
-        along = (columns * cosine + rows * sine) / (20 * scale)
-        across = (rows * cosine - columns * sine) / (4 * scale)
-        lattice = uniforms(keys, 1 + i, (1, 32, 32))
-        found = sample(lattice, along + 16, across + 16, align_corners=True)
-        needles = needles + (3.6 * found - 2.2).clamp(0, 1)
-    patches = plasma(keys, 2 ** math.ceil(math.log2(max(height, width))), 1.3)[:, None, :height, :width]
-    bright = 0.03 + (8 * patches - 4.8).clamp(0, 1) * (0.3 + 0.67 * needles.clamp(max=1))
-    return bright * torch.tensor([0.86, 0.94, 1.0], device=keys.device).view(3, 1, 1)
+        middle = int(0.75 * max(height, width) / wave) + 1
+        lattice = uniforms(keys, 3 + i, (1, 2 * middle + 1, 2 * middle + 1))
+        along, across = (columns * cosine + rows * sine) / 2, rows * cosine - columns * sine
+        needles = sample(lattice, along / wave + middle, across / wave + middle, align_corners=True)[:, 0]
+        total, variance = total + deviation * (needles - 0.5) / 0.1925, variance + deviation.square()
+    total = total + table[:, 8] * (total.square() - variance)
+    return ((table[:, :3] + total[:, None]) / 255).clamp(0, 1)
 
 
 # Linear maps along rows and columns, as float64 matrices: exact to rounding whatever the batch size, and
@@ -1613,22 +1628,36 @@ def load_classifier(
     if weights in PUBLISHED_WEIGHTS:
         file = published_file(weights, machine, dry_run)
     elif weights is None:
-        alone = machine._replace(rank=0, world_size=1)
-        train, val = (Images(*load_split(dataset, part, data_root), alone) for part in SPLITS[:2])
-        data = fingerprint(train)
-        if file.is_file() and load_tensors(file, "remove it").get("data", data) != data:
-            file = file.with_stem(f"{file.stem}-{data}")  # made for other data of that name
-        if not file.is_file() and not dry_run:
-            if machine.is_main:
-                print(f"{file} is missing: training {name} on the training images of {dataset}", flush=True)
-            torch.manual_seed(0)
-            trained = build_model(name, NUM_CLASSES[dataset], dataset)
-            trained.to(machine.device, memory_format=machine.weight_layout)
-            train_classifier(trained, dataset, train, val, RECIPES[dataset])  # alike on every rank
-            machine.on_main(lambda: save_atomically({"state_dict": trained.state_dict(), "data": data}, file))
+        file = kept_classifier(name, dataset, machine, data_root, dry_run)
     if dry_run and not weights and not (file and file.is_file()) or file is None:
         return "untrained: a dry run neither downloads nor trains a classifier first"
     return load_best_state(model, file)
+
+
+def kept_classifier(name: str, dataset: str, machine: "Machine", data_root: str, dry_run: bool) -> Path:
+    """weights/<dataset>-<name>.pt; where it is missing, or was made for other data of that name, one that is
+    trained first, alike on every rank, and kept."""
+    file, alone = WEIGHTS / f"{dataset}-{name}.pt", machine._replace(rank=0, world_size=1)
+    made_for = load_tensors(file, "remove it").get("data", "any") if file.is_file() else None
+    try:
+        train, val = (Images(*load_split(dataset, part, data_root, False), alone) for part in SPLITS[:2])
+    except InputError:
+        if made_for:  # to predict, no data are needed
+            return file
+        raise
+    if made_for not in ("any", None, fingerprint(train)):
+        file = file.with_stem(f"{file.stem}-{fingerprint(train)}")
+    if file.is_file() or dry_run:
+        return file
+    if machine.is_main:
+        print(f"{file} is missing: training {name} on the training images of {dataset}", flush=True)
+    torch.manual_seed(0)
+    trained = build_model(name, NUM_CLASSES[dataset], dataset)
+    trained.to(machine.device, memory_format=machine.weight_layout)
+    train_classifier(trained, dataset, train, val, RECIPES[dataset])
+    content = {"state_dict": trained.state_dict(), "data": fingerprint(train)}
+    machine.on_main(lambda: save_atomically(content, file))
+    return file
 
 
 def fingerprint(data: Images) -> str:

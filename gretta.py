@@ -356,13 +356,27 @@ def losses_and_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 class BlackBox:
     """A frozen classifier, images in [0, 1] to logits; no gradient flows through it unless `whitebox`."""
 
-    def __init__(self, classifier: nn.Module, machine: Machine, whitebox: bool):
+    def __init__(self, classifier: nn.Module, machine: Machine, whitebox: bool, size: int):
         self.classifier = classifier.eval().requires_grad_(False)
         self.machine, self.whitebox = machine, whitebox
+        self.chunk = machine.chunk(size, size)  # images at a time; on a CPU layers' outputs stay within 16 MB
+        if machine.device.type == "cpu" and not isinstance(classifier, common.Program):
+            self.chunk = max(1, min(self.chunk, 2**22 // largest_output(classifier, size)))
 
     def __call__(self, images: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.whitebox and torch.is_grad_enabled()), self.machine.autocast():
             return self.classifier(self.machine.layout(images)).float()
+
+
+@torch.no_grad()
+def largest_output(model: nn.Module, size: int) -> int:
+    """Numbers in the largest output of a layer for one image."""
+    sizes = []
+    measure = lambda _module, _inputs, output: sizes.append(getattr(output, "numel", lambda: 1)())
+    handle = nn.modules.module.register_module_forward_hook(measure)
+    model(torch.zeros(1, 3, size, size))
+    handle.remove()
+    return max(sizes)
 
 
 def load_model(
@@ -818,13 +832,13 @@ def main() -> None:
     steps_per_epoch = max(1, n_train // args.batch_size)
     args.epochs = args.epochs or math.ceil(settings(args.dataset, args.est)["updates"] / steps_per_epoch)
     args.checkpoint_every = args.checkpoint_every or max(1, args.epochs // 10)
-    asked = args.batch_size * (1 if args.est == "whitebox" else 2 * args.num_samples)  # images, of a step
-    total = min(args.epochs * steps_per_epoch, (args.max_queries or 10**18) // asked)
+    queries = args.batch_size * (1 if args.est == "whitebox" else 2 * args.num_samples)  # of a step
+    total = min(args.epochs * steps_per_epoch, (args.max_queries or 10**18) // queries)
     unlabelled = None if using else regulariser_images(sets, args.reg)
 
     on = (args.dataset, sets, machine, args.data_root, args.dry_run)
     classifier, origin = load_model(args.model, args.weights, args.blackbox, *on)
-    black_box = BlackBox(classifier, machine, args.est == "whitebox")
+    black_box = BlackBox(classifier, machine, args.est == "whitebox", sets.size)
     surrogate = args.est == "surrogate" and not using
     found = find_student(args.student, args.run_dir, origin) if surrogate else None
     student = load_model("student", found, None, *on)[0] if found else None
@@ -847,7 +861,7 @@ def main() -> None:
         student = distil_student(black_box, images, args.dataset, len(sets.classes), steps)
         progress["queries_distillation"] = steps * min(DISTIL_BATCH, len(images))
         machine.on_main(lambda: common.save_atomically(student.state_dict(), run.directory / "student.pt"))
-    guide = BlackBox(student, machine, whitebox=True) if surrogate else None
+    guide = BlackBox(student, machine, True, sets.size) if surrogate else None
     trained = common.distribute(policy, machine)
     if args.compile:
         trained = torch.compile(trained)
@@ -863,12 +877,12 @@ def main() -> None:
             images = strong_augmentation(images, machine.uniform((args.batch_size, 11), draws), args.dataset)
         noise = machine.normal((args.batch_size, args.num_samples, num_levels + 1), draws).transpose(0, 1)
         levels = ask_policy(images)  # (b, K); noise: (P, b, K + 1)
-        start, chunk = levels.detach(), machine.chunk(*images.shape[2:])
-        loss = level_loss(black_box, images, labels, args.transform, chunk, totals.own)
+        start, asked = levels.detach(), (images, labels, args.transform)
+        loss = level_loss(black_box, *asked, black_box.chunk, totals.own)
         if args.est == "vanilla":
             gradient = vanilla_gradient(loss, start, args.num_samples, args.sigma, args.beta, noise[..., :-1])
         elif args.est == "surrogate":
-            q = true_gradient(level_loss(guide, images, labels, args.transform, chunk), start)
+            q = true_gradient(level_loss(guide, *asked, guide.chunk), start)
             scales = (args.num_samples, args.sigma, args.alpha, args.beta)
             gradient = guided_gradient(loss, start, q, *scales, noise)
         else:

@@ -155,6 +155,8 @@ def test_tables_and_a_light_import():
 
 # Steps s -> s + 1 at which the published constants do not promise a larger L2 distance.
 NOT_GROWING = {
+    ("frost", 0): (3,),  # as much ice, and less of the picture, which ice is brighter than
+    ("frost", 1): (3,),
     # Between 1 and 3 only the blur around the same one-pixel shuffle grows, which takes some of the shuffle's
     # distance back (0.05, 0.25, 0.4; the first two blur nothing); 4 -> 5 is the same after two shuffles.
     ("glass_blur", 0): (1, 2, 4),
@@ -331,16 +333,48 @@ def test_snow_only_adds_light():
         assert added.min() > -1e-6 and added.max() > 0.3
 
 
-def test_frost_is_a_blend():
-    images = pictures(8)
+PHOTOGRAPHS = (  # the published ice: mean R, G, B; percentiles 1, 10, 50, 90, 99; within a crop of 224 px
+    # deviation and mean difference of pixels 1, 8 and 32 px apart; all of 255
+    ((78, 149, 166), (37, 61, 145, 177, 196), (15, 7.3, 11.0, 13.5)),
+    ((201, 205, 214), (140, 177, 210, 233, 247), (20, 8.3, 16.0, 17.6)),
+    ((201, 205, 214), (140, 177, 210, 233, 247), (20, 8.3, 16.0, 17.6)),
+    ((138, 153, 165), (78, 113, 152, 190, 237), (27, 14.8, 24.6, 26.0)),
+    ((112, 123, 135), (41, 69, 120, 184, 238), (36, 19.0, 31.9, 36.4)),
+)
+
+
+def spread(ice: torch.Tensor, *steps: int) -> torch.Tensor:
+    """Deviation within crops, and mean differences of pixels so far apart."""
+    found = [
+        (ice[..., k:] - ice[..., :-k]).abs().mean() + (ice[..., k:, :] - ice[..., :-k, :]).abs().mean()
+        for k in steps
+    ]
+    return torch.stack([ice.flatten(2).std(2).mean(), *(pair / 2 for pair in found)])
+
+
+def test_frost_is_a_blend_with_ice_that_has_the_photographs_statistics():
+    images, many = pictures(8), keys(400)
     textured = C.frost(images, keys(8), 0.75, 0.45, 0.2) - 0.75 * images
     assert torch.allclose(textured, 0.45 * C.ice(keys(8), 32, 32, 0.2), atol=1e-6)
-    for side, scale in ((32, 0.2), (96, 1), (224, 1)):
-        texture = C.ice(keys(64), side, side, scale)
-        assert texture.min() >= 0 and texture.max() <= 1
-        assert 0.08 < texture.mean() < 0.2 and texture.std() > 0.1
-        assert (texture[:, 2] >= texture[:, 0]).all()  # bluish
-        assert texture.flatten(1).std(1).min() > 0.03  # some frost on each
+    kinds = (5 * C.uniforms(many, 0, (1,))).long()[:, 0]
+    assert (kinds.bincount(minlength=5) - 80).abs().max() < 32  # four deviations: equal chances
+    ice, small = (
+        torch.cat([C.ice(part, side, side, scale) for part in many.split(50)]) * 255
+        for side, scale in ((224, 1.0), (32, 0.2))
+    )
+    shrunk = torch.nn.functional.avg_pool2d(ice[..., :220, :220], 5)[..., :32, :32]  # as for CIFAR-10-C
+    for kind, (colour, percentiles, within) in enumerate(PHOTOGRAPHS):
+        crops = ice[kinds == kind]
+        assert (crops.mean((0, 2, 3)) - torch.tensor(colour)).abs().max() < 4
+        found = np.percentile(crops.numpy(), (1, 10, 50, 90, 99))
+        assert np.abs(found - percentiles).max() < 10
+        assert (spread(crops, 1, 8, 32) / torch.tensor(within) - 1).abs().max() < 0.15
+        ours, theirs = small[kinds == kind], shrunk[kinds == kind]
+        assert abs(ours.mean() - theirs.mean()) < 4
+        assert (spread(ours, 1, 4) / spread(theirs, 1, 4) - 1).abs().max() < 0.3
+    dark = torch.arange(60.0)[:, None, None, None].expand(60, 3, 224, 224) / 255
+    added = (corrupt(dark, "frost", 1, 0) - dark).mean()
+    assert 255 * added == pytest.approx(0.4 * 164, abs=6)
 
 
 def test_fog():
