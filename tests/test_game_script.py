@@ -240,3 +240,26 @@ def test_a_loss_that_is_not_finite_is_named(flags, tmp_path):
         ("fresh generator", "step 2", "--fresh-lr 1e+18") if "fresh" in flags else ("step 10", "lower --lr")
     )
     assert all(name in line for name in ("not finite", *names)) and not list(tmp_path.rglob("results.json"))
+
+
+def test_a_black_box_is_scored_on_corruptions(tmp_path, monkeypatch):
+    """As the classifier that it holds is; what needs gradients is left out, and said."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(f"""import common, torch
+model = common.build_model("resnext", 10, "digits").eval()
+common.load_weights(model, {str(common.WEIGHTS / "digits-resnext.pt")!r})
+def answer(images):
+    return model(torch.from_numpy(images)).softmax(1).detach().numpy()
+""")
+    flags = ("-e", "--dry-run", "--run-dir")
+    printed = run_here("game_of_noise", *flags, "black", "--blackbox", "mine.py:answer", cwd=tmp_path)
+    run_here("game_of_noise", *flags, "model", "--model-name", "clean", cwd=tmp_path)
+    black, model = results_of(tmp_path / "black"), results_of(tmp_path / "model")
+    for key in ("clean_accuracy", "corruptions", "severities"):
+        assert black[key] == model[key]
+    assert black["epsilon_star"] is None and black["mce"] is None and black["model"] == "mine-answer"
+    assert "ε* is left out" in printed and "probabilities" in printed
+    assert "mine-answer" in (tmp_path / "Results/blackbox_evaluation_results.txt").read_text()
+    refused(
+        tmp_path, "game_of_noise.py", "--blackbox", "mine.py:answer", names=("mine.py:answer", "--evaluate")
+    )
