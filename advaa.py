@@ -640,7 +640,7 @@ def main() -> None:
     run.say(
         f"{n_train} training images, {steps_per_epoch} steps of {args.batch_size} × {M} views per epoch",
         f"{args.model}: {sum(p.numel() for p in classifier.parameters()):,} parameters, {origin}",
-        *(f"note: {note}" for note in sets.notes),
+        *sets.notes,
     )
     if args.compile:
         classifier.compile()  # in place: its keys stay

@@ -584,7 +584,7 @@ def main() -> None:
     if run.finished:
         return machine.is_main and print_results(common.read_results(run.directory), run.directory)
     about = f"{n_train} training images, {steps_per_epoch} steps per epoch; {args.model}: {origin}"
-    run.say(about, *(f"note: {note}" for note in sets.notes))
+    run.say(about, *sets.notes)
     if args.compile:
         classifier.compile()  # in place: its keys stay
     game = Game(classifier, args.dataset, args.epsilon, args.batch_size, machine)

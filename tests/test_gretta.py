@@ -138,6 +138,27 @@ def test_estimators_are_unbiased_up_to_their_covariance(guided, beta, sigma):
     torch.testing.assert_close(scaled, torch.tensor([[1.0], [50], [-3]]).double() * draws[0])
 
 
+@pytest.mark.parametrize("num_samples", [2, 4, 12, 13])
+def test_orthogonal_perturbations(num_samples):
+    """Of norm √K, orthogonal within blocks of K; each is as likely in any direction, so ES stays unbiased; on a
+    linear loss K of them give the gradient exactly."""
+    noise = torch.randn(num_samples, 5000, 5, dtype=torch.float64)
+    found = gretta.orthogonal_blocks(noise)
+    z = found[..., :-1]
+    assert torch.equal(found[..., -1], noise[..., -1])
+    for block in z.split(4):
+        products = torch.einsum("pbk,qbk->bpq", block, block)
+        torch.testing.assert_close(products, 4 * torch.eye(len(block)).double().expand_as(products))
+    covariance = torch.einsum("pbk,pbl->kl", z, z) / z[..., 0].numel()
+    assert (covariance - torch.eye(4)).abs().max() < 0.05
+    slope, levels = torch.randn(5000, 4).double(), torch.full((5000, 4), 0.5).double()
+    loss = lambda rows: (rows.view(-1, 5000, 4) * slope).sum(2).flatten()
+    estimate = gretta.vanilla_gradient(loss, levels, num_samples, 0.1, 1.0, z)
+    if num_samples in (4, 12):
+        torch.testing.assert_close(estimate, slope / 4)
+    assert (estimate.mean(0) - slope.mean(0) / 4).abs().max() < 0.1
+
+
 def test_level_loss_pairs_rows_with_their_images_whatever_the_chunk():
     """Row p·B + b belongs to image b; sums and gradients are those of all rows at once."""
     images, labels, levels = pictures(5).double(), torch.arange(5), 0.3 + 0.4 * torch.rand(5, 4).double()
