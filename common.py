@@ -1674,17 +1674,12 @@ def load_imagenet_weights(model: nn.Module, name: str, machine: "Machine", dry_r
         weights = models.get_model_weights(name).IMAGENET1K_V1
     except (ValueError, AttributeError) as error:
         raise InputError(f"torchvision has no weights of '{name}': give some with --weights") from error
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    file, wanted = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name, model.state_dict()
     if not file.is_file() and dry_run:
         return "untrained: a dry run downloads nothing"
     machine.on_main(lambda: download(weights.url, file, checksum=file.stem.split("-")[-1]))
-    again, wanted = "remove it, so that it is downloaded again", model.state_dict()
-    found = state_dicts(load_tensors(file, again)).get("", {})
-    head = [
-        key
-        for key in wanted
-        if key in found and len(wanted[key].shape) and len(found[key]) != len(wanted[key])
-    ]
+    found = state_dicts(load_tensors(file, "remove it, so that it is downloaded again")).get("", {})
+    head = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
     state = {key: found[key] for key in found if key in wanted} | {key: wanted[key] for key in head}
     load_state(model, state, f"{file} does not fit {name}", "remove it")
     return f"{file}" + f", but for {', '.join(head)} (another number of classes)" * bool(head)
@@ -2629,29 +2624,28 @@ def curves(axis, history: list[dict], keys: dict[str, str], x: str = "epoch", **
         axis.legend(fontsize=8)
 
 
-NO_FIGURES = ("seed", "n_train", "n_eval", "peak_memory_mb", "epsilon", "clean_top5_accuracy")
+NO_FIGURES = ("seed", "n_train", "n_eval", "peak_memory_mb", "epsilon", "clean_top5_accuracy", "proportion")
+NO_FIGURES += (
+    "severities",
+    "before",
+    "flip_probability",
+    "best_on_validation",
+    "auroc",
+    "entropy_first",
+    "queries_distillation",
+)
 
 
-def table_cells(results: dict, method: str) -> Iterator[tuple[str, str, str, float]]:
-    """(section, row, column, value) of one results.json."""
-    section = f"{results['script']} {results['dataset']} {results['model']}"
-    if "accuracy" in results:  # gretta: baselines are rows beside the method
-        setting = f"{100 * results['proportion']:g} %" if results["proportion"] else results["train_on"]
-        tables = {"accuracy": {setting: results["accuracy"]}, "top-1 error": results.get("corruptions", {})}
-        for what, columns in tables.items():
-            for column, rows in columns.items():
-                for name, value in rows.items():
-                    yield f"{section}, {what}", method if name == "gretta" else name, column, value
-        return
-    for name, value in results.items():
-        if name in ("corruptions", "shifted", "controller"):
-            shown = [
-                key for key in value if name == "shifted" or key.startswith("mean") or key == "entropy_last"
-            ]
-            for key in shown:
-                yield section, method, f"{name} {key}", value[key]
-        elif type(value) in (int, float) and name not in NO_FIGURES:
-            yield section, method, name, value
+def leaves(results: dict, above: str = "") -> Iterator[tuple[str, float]]:
+    """(name, value) of the figures of a results.json; of corruptions the means alone."""
+    for key, value in results.items():
+        name = f"{above} {key}".strip()
+        if key in NO_FIGURES or (above.startswith("corruptions") and "mean" not in name):
+            continue
+        if isinstance(value, dict):
+            yield from leaves(value, name)
+        elif type(value) in (int, float):  # neither words nor truths
+            yield name, value
 
 
 def table(directories: list[str | Path], by: Sequence[str] = ()) -> str:
@@ -2659,31 +2653,30 @@ def table(directories: list[str | Path], by: Sequence[str] = ()) -> str:
     over seeds.
 
     by: settings (as args.json names them) that tell runs of one method apart. InputError for two runs of one
-    seed that differ; a baseline is the same in every run of its seed, and counts once.
+    seed that differ.
     """
     found: dict[str, dict[str, dict[str, dict[int, float]]]] = {}  # section, row, column, seed
     for directory in map(Path, directories):
         results = read_results(directory)
         try:
             settings = json.loads((directory / "args.json").read_text()) if by else {}
-            method = ", ".join([results["method"], *(f"{name} {settings[name]}" for name in by)])
-            for section, row, column, value in table_cells(results, method):
-                values = found.setdefault(section, {}).setdefault(row, {}).setdefault(column, {})
-                difference = 0 if value is None else abs(values.setdefault(results["seed"], value) - value)
-                if difference > (0 if row == method else 0.1) and column != "wall_seconds":
-                    raise InputError(
-                        f"{directory}: {row} with this seed is there twice: tell them apart with --by"
-                    )
+            row = ", ".join([results["method"], *(f"{name} {settings[name]}" for name in by)])
+            section = " ".join(results[key] for key in ("script", "dataset", "model"))
+            columns = found.setdefault(section, {}).setdefault(row, {})
+            for name, value in leaves(results):
+                known = columns.setdefault(name, {}).setdefault(results["seed"], value)
+                if known != value and name != "wall_seconds":
+                    raise InputError(f"{directory}: {row} with this seed is there twice: use --by")
         except (OSError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{directory}: no results of a finished run ({error!r})") from error
     lines = []
     for section, rows in found.items():
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        seeds = max(len(values) for row in rows.values() for values in row.values())
-        lines += [f"**{section}** (mean ± std over {seeds} seeds)", "", f"| | {' | '.join(columns)} |"]
-        lines.append("|---" * (len(columns) + 1) + "|")
-        for row, values in rows.items():
-            cells = [mean_and_std([*values.get(column, {}).values()]) for column in columns]
+        names = list(dict.fromkeys(name for columns in rows.values() for name in columns))
+        seeds = max(len(values) for columns in rows.values() for values in columns.values())
+        lines += [f"**{section}** (mean ± std over {seeds} seeds)", "", f"| | {' | '.join(names)} |"]
+        lines.append("|---" * (len(names) + 1) + "|")
+        for row, columns in rows.items():
+            cells = [mean_and_std([*columns.get(name, {}).values()]) for name in names]
             lines.append(f"| {row} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines).rstrip()
