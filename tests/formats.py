@@ -30,13 +30,11 @@ def make_cifar(root: Path, dataset: str, train: int, test: int, corrupted: int =
         "cifar100": {"train": train, "test": test},
     }
     for seed, (name, count) in enumerate(parts[dataset].items()):
-        labels = {"labels" if dataset == "cifar10" else "fine_labels": [i % classes for i in range(count)]}
-        (folder / name).write_bytes(
-            pickle.dumps({"data": random_pixels(seed, count, 3072)} | labels, protocol=2)
-        )
-    meta, key = {"cifar10": ("batches.meta", "label_names"), "cifar100": ("meta", "fine_label_names")}[
-        dataset
-    ]
+        key = "labels" if dataset == "cifar10" else "fine_labels"
+        content = {"data": random_pixels(seed, count, 3072), key: [i % classes for i in range(count)]}
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    metas = {"cifar10": ("batches.meta", "label_names"), "cifar100": ("meta", "fine_label_names")}
+    meta, key = metas[dataset]
     (folder / meta).write_bytes(pickle.dumps({key: [f"class {i}" for i in range(classes)]}, protocol=2))
     if corrupted:
         directory = root / f"{dataset.upper().replace('CIFAR', 'CIFAR-')}-C"
@@ -125,17 +123,16 @@ def make_chexpert(root: Path, patients: int = 40, valid: int = 12) -> None:
         "Lung Opacity",
         "Lung Lesion",
         "Edema",
-        "Consolidation",
-        "Pneumonia",
     ]
     columns += [
+        "Consolidation",
+        "Pneumonia",
         "Atelectasis",
         "Pneumothorax",
         "Pleural Effusion",
         "Pleural Other",
-        "Fracture",
-        "Support Devices",
     ]
+    columns += ["Fracture", "Support Devices"]
     folder, draw = root / "CheXpert-v1.0-small", np.random.default_rng(0)
     for split, count, views in (("train", patients, 2), ("valid", valid, 1)):
         folder.mkdir(exist_ok=True, parents=True)

@@ -315,16 +315,8 @@ def test_a_small_set_is_read_before_a_run_and_a_flat_one_says_what_sorts_it(tmp_
     ],
 )
 def test_a_missing_set_is_named_with_its_place_and_where_it_is_had(script, flags, names, tmp_path):
-    refused(
-        tmp_path,
-        script,
-        *flags.split(),
-        "--data-root",
-        tmp_path / "none",
-        "--run-dir",
-        tmp_path / "run",
-        names=names,
-    )
+    places = ("--data-root", tmp_path / "none", "--run-dir", tmp_path / "run")
+    refused(tmp_path, script, *flags.split(), *places, names=names)
 
 
 # ---------- Downloads ----------
@@ -345,9 +337,8 @@ def test_a_broken_off_download_goes_on_where_it_stopped(address, tmp_path, capsy
     file = tmp_path / "set.tar"
     with pytest.raises(InputError, match="broken off after 2,000,000 of 5,120,000 bytes"):
         common.download(f"{address}/broken", file)
-    assert (tmp_path / "set.tar.part").read_bytes() == CONTENT[:2_000_000] and names(tmp_path) == [
-        "set.tar.part"
-    ]
+    assert (tmp_path / "set.tar.part").read_bytes() == CONTENT[:2_000_000]
+    assert names(tmp_path) == ["set.tar.part"]
     common.download(f"{address}/broken", file, hashlib.sha256(CONTENT).hexdigest()[:8])
     assert file.read_bytes() == CONTENT and names(tmp_path) == ["set.tar"]
     assert Handler.asked == [("/broken", None), ("/broken", "bytes=2000000-")]
@@ -388,25 +379,22 @@ def test_imagenet_c_comes_in_parts_and_goes_on_with_the_missing_ones(address, tm
         entries.append((f"{number}.tar", hashlib.md5(stream.getvalue()).hexdigest(), name))
     monkeypatch.setitem(common.ARCHIVES, "imagenet-c", entries)
     monkeypatch.setattr(common, "ZENODO", f"{address}/")
-    monkeypatch.setattr(
-        sys, "argv", ["common.py", "--download", "imagenet-c", "--data-root", str(tmp_path / "data")]
-    )
+    command = ["common.py", "--download", "imagenet-c", "--data-root", str(tmp_path / "data")]
+    monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setattr(Handler, "archives", {"/0.tar": packed["/0.tar"]})
     with pytest.raises(InputError, match="1.tar.*404"):
         common.main()
     assert names(tmp_path / "data" / "imagenet-c") == ["fog"]
     monkeypatch.setattr(Handler, "archives", packed)
     common.main()
-    assert (
-        names(tmp_path / "data" / "imagenet-c") == ["fog", "snow"] and "is there" in capsys.readouterr().out
-    )
+    assert names(tmp_path / "data" / "imagenet-c") == ["fog", "snow"]
+    assert "is there" in capsys.readouterr().out
     assert [path for path, _ in Handler.asked].count("/0.tar") == 1
     for entry in entries:
         (tmp_path / "data" / "imagenet-c" / entry[2]).rename(tmp_path / entry[2])
     monkeypatch.setattr(Handler, "archives", {"/0.tar": b"no archive"})
-    monkeypatch.setitem(
-        common.ARCHIVES, "imagenet-c", [("0.tar", hashlib.md5(b"no archive").hexdigest(), "fog")]
-    )
+    entry = ("0.tar", hashlib.md5(b"no archive").hexdigest(), "fog")
+    monkeypatch.setitem(common.ARCHIVES, "imagenet-c", [entry])
     with pytest.raises(InputError, match="0.tar cannot be unpacked"):
         common.main()
     assert names(tmp_path / "data" / "imagenet-c") == ["0.tar"]
@@ -415,14 +403,6 @@ def test_imagenet_c_comes_in_parts_and_goes_on_with_the_missing_ones(address, tm
 def test_a_dry_run_downloads_nothing(address, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.CIFAR10, "url", f"{address}/file")
     with pytest.raises(InputError, match="cifar-10-batches-py"):
-        run_here(
-            "advaa",
-            "--dataset",
-            "cifar10",
-            "--data-root",
-            tmp_path,
-            "--dry-run",
-            "--run-dir",
-            tmp_path / "run",
-        )
+        flags = ("--dataset", "cifar10", "--data-root", tmp_path, "--run-dir", tmp_path / "run")
+        run_here("advaa", "--dry-run", *flags)
     assert Handler.asked == [] and names(tmp_path) == []

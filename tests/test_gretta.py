@@ -117,11 +117,8 @@ def test_estimators_are_unbiased_up_to_their_covariance(guided, beta, sigma):
         centred = rows - centres.repeat(len(rows) // 3, 1)
         return 0.5 * torch.einsum("ri,ij,rj->r", centred, curvature, centred)
 
-    student, alpha, others = (
-        torch.randn(3, 4, dtype=torch.float64),
-        0.3,
-        torch.tensor([1.0, 50, -3]).repeat(10),
-    )
+    student, alpha = torch.randn(3, 4, dtype=torch.float64), 0.3
+    others = torch.tensor([1.0, 50, -3]).repeat(10)
 
     def estimate(loss, noise: torch.Tensor) -> torch.Tensor:
         if guided:
