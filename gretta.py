@@ -110,7 +110,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--transform", choices=tuple(TRANSFORM_SETS), default="geometry",
         help="geometry: 4 levels, color: 3, full: 7")
     add("--num-samples", type=number(int, 1), default=12, metavar="P", help="antithetic pairs per image")
-    add("--perturbations", choices=("gaussian", "orthogonal"), default="gaussian",
+    add("--perturbations", choices=("gaussian", "orthogonal"), default="orthogonal",
         help="of the levels; orthogonal to each other within an image")
     add("--sigma", type=number(float, 0, open_low=True), default=0.1, help="scale of the perturbations")
     add("--alpha", type=number(float, 0, 1), default=0.5, help="surrogate: share of isotropic noise")
