@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-train", type=number(int, 1), metavar="N", help="balanced over classes (digits: 100, else all)")
     add("--validation", action=argparse.BooleanOptionalAction, help="hold out a tenth (default: digits)")
     add = parser.add_argument_group("model").add_argument
-    add("--model", help="wresnet28_10, shake26_2x96d, pyramid272, resnet50, …, or one of torchvision's")
+    add("--model", help="wresnet28_10, resnet50, …, a name of torchvision's, or FILE.py:function")
     add("--weights", metavar="FILE", help="to start from, or evaluate: a file, or a published name")
     add = parser.add_argument_group("method").add_argument
     add("--policy", choices=("advaa", "random", "trivial", "autoaugment", "none", "replay"),

@@ -2046,8 +2046,9 @@ class Parser(argparse.ArgumentParser):
     `data`, to which a script adds its own."""
 
     def __init__(self, datasets: Iterable[str] = (), **keywords):
-        formatter = functools.partial(HelpFormatter, max_help_position=28, width=110)
-        super().__init__(formatter_class=formatter, allow_abbrev=False, **keywords)
+        formatter = functools.partial(HelpFormatter, max_help_position=34, width=110)
+        keywords = {"usage": "%(prog)s [flags]", "allow_abbrev": False} | keywords
+        super().__init__(formatter_class=formatter, **keywords)
         if not datasets:
             return
         # fmt: off
@@ -2134,7 +2135,7 @@ class Parser(argparse.ArgumentParser):
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        shown = action.default not in (None, argparse.SUPPRESS, False) and "default" not in text
+        shown = action.default not in (None, argparse.SUPPRESS, False, []) and "default" not in text
         return text + " (default: %(default)s)" * shown
 
 
@@ -2841,7 +2842,8 @@ def train_weights(args: argparse.Namespace) -> None:
 
 def main() -> None:
     names = (*TORCHVISION, *ARCHIVES, *PUBLISHED_WEIGHTS)
-    parser = Parser(RECIPES, description=__doc__.split("\n\n")[-1].strip())
+    usage = "%(prog)s [flags] [RUN_DIR ...]"
+    parser = Parser(RECIPES, usage=usage, description=__doc__.split("\n\n")[-1].rstrip())
     add = parser.add_argument
     add("run_dirs", nargs="*", metavar="RUN_DIR", help="finished runs: print mean ± std over their seeds")
     add("--by", action="append", default=[], metavar="SETTING", help="rows by this setting too, such as M")

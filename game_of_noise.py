@@ -78,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-tb", "--test-batch-size", type=count, default=256, help="images per batch of an evaluation")
     add = parser.add_argument_group("model").add_argument
     add("--model", "--arch", type=lambda name: name.replace("inceptionV3", "inception_v3"),
-        help="resnext, wideresnet, resnet50, … or one of torchvision's")
+        help="resnext, resnet50, …, a name of torchvision's, or FILE.py:function")
     add("--weights", metavar="FILE", help="to start from, or evaluate: a file, or a published name")
     add("--blackbox", metavar="FILE.py:function", help="or ONNX, .pt2, TorchScript: a program to evaluate instead")
     add("--model-name", choices=("clean", *common.RELEASES, "Gauss_single"), help="to evaluate (default: clean)",

@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--proportion", type=number(float, 0, 1, True, True), default=0.2, help="share of it to train on")
     add("--uncertain", choices=("ones", "zeros", "ignore"), default="ones", help="what CheXpert's count as")
     add = parser.add_argument_group("model").add_argument
-    add("--model", help="the frozen classifier: resnext, wideresnet, or a name of torchvision's")
+    add("--model", help="the frozen classifier: resnext, …, a name of torchvision's, or FILE.py:function")
     add("--weights", metavar="FILE", help="its checkpoint, or a name of weights/README.md")
     add("--blackbox", metavar="FILE",
         help="a program in its place: FILE.py:function, ONNX, torch.export (.pt2), TorchScript; it is run")
