@@ -1757,6 +1757,8 @@ class Program(nn.Module):
         try:
             with warnings_off():
                 self.query = load(file, device)
+        except InputError as error:
+            raise InputError(f"--blackbox {error}") from error
         except Exception as error:  # each library has errors of its own
             advice = "a checkpoint goes to --weights"
             raise InputError(
@@ -1818,7 +1820,8 @@ class Program(nn.Module):
                 with torch.autocast(images.device.type, enabled=False):
                     answers = np.asarray(self.query(part), dtype=np.float32)
                 if answers.shape != wanted or not np.isfinite(answers).all():
-                    raise ValueError(f"it gives {answers.shape}, or no numbers, and not finite {wanted}")
+                    nans = ", not all finite" * (not np.isfinite(answers).all())
+                    raise ValueError(f"it gives {answers.shape}{nans}, not logits {wanted}")
             except Exception as error:  # whatever it raises, time-outs too
                 asked = f"asked for {count} images ({', '.join(map(str, part.shape[1:]))})"
                 raise InputError(f"--blackbox {self.file}, {asked}: {short_reason(error)}") from error
@@ -2509,10 +2512,10 @@ def load_tensors(file: str | Path, advice: str) -> object:
         raise InputError(f"{file} needs a package: pip install safetensors") from error
     except Exception as error:  # as torch.load meets them
         name = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"{name[1]}, which is" if name else "what is"
+        what = f"{name[1]}, which is " if name else ""
         unsafe = name or "weights_only" in str(error).lower()
         reason = (
-            f"it holds {what} more than tensors (no code is run)" if unsafe else "truncated or no checkpoint"
+            f"it holds {what}more than tensors (no code is run)" if unsafe else "truncated or no checkpoint"
         )
         raise InputError(f"cannot read {file}: {reason}; {advice}") from error
 

@@ -48,7 +48,7 @@ PICTURES = {"model": "resnet50", "workers": 16}
 SETTINGS = {
     "digits": TARGET,
     "mnist": TARGET,
-    "fashion_mnist": TARGET,
+    "fashion_mnist": TARGET | {"updates": 400},
     "cifar10": PUBLISHED,
     "cifar100": PUBLISHED,
     "imagenet": PUBLISHED | PICTURES,
@@ -765,6 +765,13 @@ def shortened(sets: DataSets) -> DataSets:
     return sets._replace(train=train, val=val, tests=tests, clean=sets.clean and sets.clean.take(64))
 
 
+def training_steps(most: int, max_queries: int | None, queries: int) -> int:
+    """As many as ask for at most `max_queries` images, `queries` each."""
+    if max_queries and max_queries < queries:
+        raise InputError(f"--max-queries {max_queries}: a step asks for {queries} images")
+    return min(most, max_queries // queries) if max_queries else most
+
+
 def check_batch_size(batch_size: int, n_train: int, world_size: int) -> None:
     least = max(2, world_size)
     if not least <= batch_size <= n_train:
@@ -846,7 +853,7 @@ def main() -> None:
     args.epochs = args.epochs or math.ceil(settings(args.dataset, args.est)["updates"] / steps_per_epoch)
     args.checkpoint_every = args.checkpoint_every or max(1, args.epochs // 10)
     queries = args.batch_size * (1 if args.est == "whitebox" else 2 * args.num_samples)  # of a step
-    total = min(args.epochs * steps_per_epoch, (args.max_queries or 10**18) // queries)
+    total = training_steps(args.epochs * steps_per_epoch, args.max_queries, queries)
     unlabelled = None if using else regulariser_images(sets, args.reg)
 
     on = (args.dataset, sets, machine, args.data_root, args.dry_run)

@@ -192,7 +192,7 @@ BROKEN = {  # its function, and what is said of it
     "five": (lambda images: images.flatten(1)[:, :5], "gives (2, 5)", "(2, 10)"),
     "nothing": (
         lambda images: images.flatten(1)[:, :10] / 0 - 1 / images.flatten(1)[:, :10] / 0,
-        "no numbers",
+        "not all finite",
     ),
 }
 
@@ -220,7 +220,7 @@ def test_functions_that_are_refused(tmp_path):
 
     refuse("raise TimeoutError('no answer in 30 s')", "no answer in 30 s")
     refuse("return np.zeros((len(images), 7))", "(2, 7)", "(2, 10)")
-    refuse("return np.full((len(images), 10), np.nan)", "no numbers")
+    refuse("return np.full((len(images), 10), np.nan)", "not all finite")
     refuse("return 'cat'", "could not convert")
     refuse(")", "SyntaxError")
     refused(tmp_path, "gretta.py", "--blackbox", f"{tmp_path}/mine.py:other", names=("other",))

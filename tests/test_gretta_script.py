@@ -217,6 +217,7 @@ MISTAKES = {
     ("--batch-size", 1): ("--batch-size 1 ",),
     ("--batch-size", 2, "--proportion", 0.0001): ("--batch-size", "--proportion", "1 image"),
     ("--model", "nonsense"): ("nonsense", "resnext"),
+    ("--max-queries", 9): ("--max-queries 9", "96 images"),
     ("--model", "vit_b_16", "--dataset", "fake"): ("32 px",),
     ("--load-conf", ROOT / "README.md"): ("README.md",),
     ("--weights", STUDENT): (STUDENT, "missing", "unexpected"),
