@@ -1620,15 +1620,15 @@ def load_classifier(
     if weights is None and dataset in ("imagenet", "folder"):
         return load_imagenet_weights(model, name, machine, dry_run)
     file = Path(weights or WEIGHTS / f"{dataset}-{name}.pt")
-    if weights is None and (".py:" in name or dataset.startswith("cifar")):
-        weights = f"gretta-{name}" * (dataset == "cifar100")
-        if weights not in PUBLISHED_WEIGHTS:
-            how = f"or train some with python common.py --train-weights {name} --dataset {dataset}"
-            raise InputError(f"no weights of {name} for {dataset} are known: give some with --weights, {how}")
+    if weights is None and dataset == "cifar100" and f"gretta-{name}" in PUBLISHED_WEIGHTS:
+        weights = f"gretta-{name}"
     if weights in PUBLISHED_WEIGHTS:
         file = published_file(weights, machine, dry_run)
-    elif weights is None:
+    elif weights is None and dataset in SMALL and ".py:" not in name:
         file = kept_classifier(name, dataset, machine, data_root, dry_run)
+    elif weights is None and not file.is_file():
+        how = f"or train some with python common.py --train-weights {name} --dataset {dataset}"
+        raise InputError(f"no weights of {name} for {dataset} are known: give some with --weights, {how}")
     if dry_run and not weights and not (file and file.is_file()) or file is None:
         return "untrained: a dry run neither downloads nor trains a classifier first"
     return load_best_state(model, file)
