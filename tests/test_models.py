@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_equal_weights, refused, results_of, run_here, state_of
+from conftest import ROOT, assert_equal_weights, refused, results_of, run_here, run_script, state_of
 from PIL import Image, ImageEnhance
 from torch import nn
 from torchvision.models import get_model
@@ -266,6 +266,9 @@ def test_shipped_weights_and_published_names_are_those_of_the_readme():
         model, source = load("student" if student else name, "digits", str(file) if student else None)
         assert source == str(file) and hashlib.sha256(file.read_bytes()).hexdigest() in readme
         assert common.evaluate([model], test)[0]["top1_accuracy"] >= 98 - student
+    for file in common.WEIGHTS.glob("fashion_mnist-*.pt"):
+        shipped = file.stem.removesuffix("-student").endswith("resnext") or "wideresnet" in file.stem
+        assert not shipped or hashlib.sha256(file.read_bytes()).hexdigest() in readme, file
     for name, url in common.PUBLISHED_WEIGHTS.items():
         assert f"| `{name}` |" in readme and url.removeprefix(common.DRIVE) in readme
 
@@ -319,6 +322,10 @@ def test_a_model_of_ones_own_is_trained_plainly_and_used_by_every_script(tmp_pat
     assert_equal_weights(*states)
     accuracy = results_of(runs[0])["test_accuracy"]
     assert accuracy == results_of(runs[1])["test_accuracy"] > 50 and f"{accuracy:.2f} % of the 600" in printed
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "common.py")
+    run_script(*launch, *train[1:], tmp_path / "ranks")
+    for key, value in torch.load(tmp_path / "ranks/weights.pt", weights_only=True)["state_dict"].items():
+        torch.testing.assert_close(value, states[0][key], atol=1e-5, rtol=0)
     flags = ("--dry-run", "--model", model, "--weights", runs[0] / "weights.pt", "--run-dir")
     for script in ("gretta", "advaa", "game_of_noise"):
         run_here(script, *flags, tmp_path / script)
