@@ -496,7 +496,7 @@ def load_sets(
     if dry_run:
         parts = [part and part.take(most) for part, most in zip(parts, (64, 64, 16))]
     skipped = {part.place: part.skipped for part in parts if part and getattr(part, "skipped", 0)}
-    notes = [f"{count} files in {place} are no pictures: passed over" for place, count in skipped.items()]
+    notes = [f"passed over in {place}, as no pictures: {count}" for place, count in skipped.items()]
     found, made = None, dataset in GENERATED
     try:
         if corruptions and (made or split == "val"):

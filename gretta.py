@@ -614,7 +614,7 @@ def read_folder(folder: str, size: int, dataset: str, machine: Machine) -> tuple
     if not names:
         raise InputError(f"--predict {folder}: no pictures in it ({', '.join(common.IMAGE_SUFFIXES)})")
     if len(names) < len(files):
-        print(f"note: {len(files) - len(names)} files in {folder} are no pictures: passed over")
+        print(f"passed over in {folder}, as no pictures: {len(files) - len(names)}")
     resize = size if dataset in common.NUM_CLASSES else 256  # as they are evaluated
     files = [os.path.join(folder, name) for name in names]
     pictures = common.Pictures(files, torch.zeros(len(files)), machine, 0, resize)

@@ -154,6 +154,12 @@ return json.load(urllib.request.urlopen(request, timeout=30))"""
     server.server_close()
 
 
+def test_a_program_made_for_two_images_is_asked_for_two_at_a_time(tmp_path):
+    program = common.Program(str(write_program(resnext(), tmp_path / "two.pt2", None)), 10, 32, CPU)
+    images = torch.rand(5, 3, 32, 32)
+    assert program.batch_size == 2 and (program(images) - resnext()(images)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_program_gives_the_classifiers_logits(suffix, programs, tmp_path):
     """For every batch size and layout, in float32 even under autocast, without a gradient; images stay."""

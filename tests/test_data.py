@@ -115,6 +115,7 @@ def test_cifar_with_its_corruptions(tmp_path, tiny_cifar):
     tiny_cifar(tmp_path)
     found = common.load_sets("cifar100", str(tmp_path), CPU, corruptions="needed")
     assert (len(found.train), len(found.val), len(found.test), len(found.classes)) == (1000, 100, 200, 100)
+    assert found.classes[42] == "class 42"
     assert len(common.load_sets("cifar100", str(tmp_path), CPU, validation=False).train) == 1100
     array = np.load(tmp_path / "CIFAR-100-C" / "fog.npy")
     part = found.corruptions.read("fog", 3)
@@ -226,11 +227,12 @@ def test_folders_of_ones_own(tmp_path):
     found = common.load_sets("folder", str(tmp_path), CPU)
     assert (len(found.train), len(found.val), len(found.test)) == (18, 2, 6) and found.corruptions is None
     assert {*found.train.files}.isdisjoint(found.val.files) and "--corruptions-path" in found.notes[1]
-    assert found.notes[0] == f"2 files in {tmp_path / 'train'} are no pictures: passed over"
+    assert found.notes[0] == f"passed over in {tmp_path / 'train'}, as no pictures: 2"
     for number, name in enumerate(("cat", "dog")):  # with a test/ of its own, val/ is for validation
         make_pictures(tmp_path / "test" / name, 4, 5 + number, suffix="png")
     found = common.load_sets("folder", str(tmp_path), CPU, generate=True)
     assert (len(found.train), len(found.val), len(found.test), len(found.classes)) == (20, 6, 8, 2)
+    assert found.classes == ["cat", "dog"]
     made, clean = found.corruptions.read("fog", 3).tensors()[0], found.test.tensors()[0]
     assert torch.equal(made, common.to_uint8(common.corrupt(common.to_float(clean), "fog", 3, seed=0)))
     (tmp_path / "val" / "bird").mkdir()

@@ -101,11 +101,15 @@ def test_predict_a_folder_of_pictures(run, tmp_path):
     for i in range(6):
         picture = Image.fromarray(images[i].permute(1, 2, 0).numpy()).resize((32 + 8 * i, 32 + 4 * i))
         picture.convert("L" if i % 2 else "RGB").save(folder / f"{i}.{'jpg' if i % 3 else 'png'}")
+    (folder / "._0.png").write_bytes(b"not one")
     before = {file: file.read_bytes() for file in run.iterdir() if file.is_file()}
-    run_here("gretta", "--predict", folder, "--run-dir", run, "--data-root", tmp_path)  # it needs no data set
+    printed = run_here(
+        "gretta", "--predict", folder, "--run-dir", run, "--data-root", tmp_path
+    )  # no data set
+    assert f"passed over in {folder}, as no pictures: 1\n" in printed
     assert {file: file.read_bytes() for file in before} == before and (run / "predictions.png").is_file()
     rows = list(csv.DictReader((run / "predictions.csv").read_text().splitlines()))
-    assert [row["file"] for row in rows] == sorted(file.name for file in folder.iterdir())
+    assert [row["file"] for row in rows] == sorted(file.name for file in folder.glob("[0-9]*"))
     for row in rows:
         for state, name in (("before", "original"), ("after", "transformed")):
             with Image.open(run / "predictions" / f"{row['file']}-{name}.png") as picture:
