@@ -470,13 +470,12 @@ def load_sets(
 
     dataset: one of NUM_CLASSES, "imagenet", "folder" or "fake". split: what is evaluated, "test", or "val" to
     tune on. validation: hold validation images out of the training images. corruptions: "needed", "if there"
-    or None; those of GENERATED are made, others with `generate`. A dry run takes a few images of each,
-    and downloads nothing.
+    or None; those of GENERATED are made, others with `generate`. A dry run takes few, and downloads nothing.
     """
     if dataset == "fake":
         count, num_classes, *shape = FAKE_SHAPE
         parts = [Images(*fake_images(size, num_classes, *shape), machine) for size in (count, 32, 32)]
-        classes = [str(number) for number in range(num_classes)]
+        classes = [*map(str, range(num_classes))]
     elif dataset in NUM_CLASSES:
         machine.on_main(lambda: load_split(dataset, "test", data_root, not dry_run))  # downloads
         parts = [Images(*load_split(dataset, part, data_root, False), machine) for part in SPLITS]
@@ -499,10 +498,8 @@ def load_sets(
     notes = [f"passed over in {place}, as no pictures: {count}" for place, count in skipped.items()]
     found, made = None, dataset in GENERATED
     try:
-        if corruptions and (made or split == "val"):
-            raise MissingData(f"no corruptions of {dataset}'s {split} images are published")
         if corruptions:
-            found = find_corruptions(dataset, data_root, clean, corrupted_directory, workers)
+            found = find_corruptions(dataset, split, data_root, clean, corrupted_directory, workers)
     except MissingData as missing:
         if corrupted_directory or (corruptions == "needed" and not generate and not made):
             raise InputError(f"{missing}; or make them with --generate-corruptions") from missing
@@ -556,10 +553,12 @@ def find_folders(
 
 
 def find_corruptions(
-    dataset: str, data_root: str, clean: Data, directory: str | None, workers: int
+    dataset: str, split: str, data_root: str, clean: Data, directory: str | None, workers: int
 ) -> Corruptions:
     """The published corruptions of the test images `clean`. Raises MissingData where there are none."""
     archives = ARCHIVES.get(f"{dataset}-c")
+    if dataset in GENERATED or split == "val":
+        raise MissingData(f"no corruptions of {dataset}'s {split} images are published")
     if not directory and not archives:
         raise MissingData(f"no corrupted test set of {dataset} is known: name it with --corruptions-path")
     folder = Path(directory or Path(data_root) / ("imagenet-c" if dataset == "imagenet" else archives[0][2]))
