@@ -2525,12 +2525,9 @@ def harmless_classes() -> list:
     import datetime
     import pathlib
 
-    from numpy._core import multiarray
-
-    arrays = [getattr(multiarray, name) for name in ("scalar", "_reconstruct")]
-    found = [argparse.Namespace, list, dict, set, np.dtype, np.ndarray, *arrays]
-    found += [(array, f"numpy.core.multiarray.{array.__name__}") for array in arrays]
-    found += [(array, f"numpy._core.multiarray.{array.__name__}") for array in arrays]
+    found = [argparse.Namespace, list, dict, set, np.dtype, np.ndarray]
+    for make in (np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]):  # of a scalar, of an array
+        found += [(make, f"numpy.{core}.multiarray.{make.__name__}") for core in ("core", "_core")]
     found += {type(np.dtype(code)) for code in np.typecodes["All"]}
     found += [getattr(datetime, name) for name in ("date", "datetime", "time", "timedelta", "timezone")]
     for kind, path in (("Posix", pathlib.PurePosixPath), ("Windows", pathlib.PureWindowsPath)):
