@@ -237,7 +237,7 @@ def test_what_does_not_fit_or_carries_code_is_refused_and_leaves_the_model_as_it
         ((common.WEIGHTS / "digits-resnext.pt").read_bytes()[:50_000], "truncated or no checkpoint"),
         (
             {"state_dict": {"weight": trap}},
-            "file.pt: it holds getattr, which is more than tensors (no code is run)",
+            "getattr, which is more than tensors (no code is run)",
         ),
         ({"state_dict": {}, "epoch": 3, 0: weight}, "holds no state dict"),
         ({"weight": weight.to(torch.cfloat), "bias": bias}, "holds no state dict"),
