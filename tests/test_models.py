@@ -235,10 +235,7 @@ def test_what_does_not_fit_or_carries_code_is_refused_and_leaves_the_model_as_it
     for content, reason in (
         (None, "file.pt does not exist: give the path"),
         ((common.WEIGHTS / "digits-resnext.pt").read_bytes()[:50_000], "truncated or no checkpoint"),
-        (
-            {"state_dict": {"weight": trap}},
-            "getattr, which is more than tensors (no code is run)",
-        ),
+        ({"state_dict": {"weight": trap}}, "getattr, which is more than tensors (no code is run)"),
         ({"state_dict": {}, "epoch": 3, 0: weight}, "holds no state dict"),
         ({"weight": weight.to(torch.cfloat), "bias": bias}, "holds no state dict"),
         ({"weight": weight}, "missing bias; choose the --model and --dataset it was trained for"),
