@@ -114,10 +114,10 @@ class Server(BaseHTTPRequestHandler):
     left = 10**9
 
     def do_POST(self) -> None:
+        images = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         Server.left -= 1
         if Server.left < 0:
             return self.send_error(503)
-        images = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with torch.no_grad():
             answer = resnext()(torch.tensor(images)).softmax(1).tolist()
         self.send_response(200)
@@ -140,9 +140,7 @@ return json.load(urllib.request.urlopen(request, timeout=30))"""
     flags += ("--max-queries", 240 * 3, "--checkpoint-every", 1)
     run_here("gretta", "--dry-run", *flags[:2], "--run-dir", tmp_path / "dry")
     assert "black box" in results_of(tmp_path / "dry")["protocol"]
-    Server.left = (
-        2 + 3 * 2 + 8 + 3
-    )  # two to look, an epoch of 3 steps, its validation images, a step and a half
+    Server.left = 2 + 3 * 2 + 8 + 3  # two to look, an epoch of 3 steps, its validation images, half an epoch
     with pytest.raises(common.InputError, match="mine.py:answer, asked for 60 images .*503"):
         run_here("gretta", *flags)
     assert state_of(tmp_path / "run")["step"] == 3
