@@ -128,6 +128,7 @@ class Server(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_a_web_service_is_a_black_box_whose_failure_leaves_the_last_checkpoint(tmp_path):
     """It answers all of a small run; then none after the first epoch, of which the checkpoint stays."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
