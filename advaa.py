@@ -387,8 +387,7 @@ class Controller(nn.Module):
             nn.init.zeros_(head.bias)
 
     def forward(self, M: int, draws: Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """M policies (M, Q, 2, 2), log p of each (M,), and the entropy of each choice (M, Q, 2, 2) in
-        nats."""
+        """M policies (M, Q, 2, 2), log p of each (M,), and each choice's entropy in nats (M, Q, 2, 2)."""
         found = []  # of each choice: its number, log p, entropy
         for position in range(4 * self.Q):
             if position == 0 or (position % 4 == 0 and not self.carry_hidden):
@@ -469,8 +468,7 @@ def balanced_subset(labels: Tensor, count: int, seed: int) -> Tensor:
 def further_sets(
     dataset: str, data_root: str, machine: Machine, split: str, most: int, notes: list[str]
 ) -> tuple[dict[str, Data], dict[str, np.ndarray]]:
-    """Modified images, CIFAR-10-P's sequences, uint8 (N, frames, 32, 32, 3), not read yet: at most so
-    many."""
+    """At most so many modified images, and CIFAR-10-P's sequences, uint8 (N, frames, 32, 32, 3), not yet read."""
     shifted, perturbed, folder = {}, {}, Path(data_root) / "CIFAR-10-P"
     if dataset in common.SMALL:
         made = common.modified_digits(split, data_root, 10 if dataset == "digits" else 1, dataset=dataset)

@@ -125,9 +125,8 @@ class Images(Data):
 
     def batches(self, batch_size: int, seed: int, start: int = 0, crop: bool = False) -> Iterator[tuple]:
         own = self.machine.own_rows
-        for pool, labels in self.read(
-            numbers for _, numbers in batch_numbers(len(self), batch_size, seed, start)
-        ):
+        drawn = batch_numbers(len(self), batch_size, seed, start)
+        for pool, labels in self.read(numbers for _, numbers in drawn):
             yield own(pool), own(labels), pool
 
 
@@ -143,8 +142,7 @@ class Pictures(Data, torch.utils.data.Dataset):
     def __init__(
         self, files: Sequence[str], labels: Tensor, machine: "Machine", workers: int, resize: int = 256
     ):
-        # Bytes in one array: millions of Python strings would be copied into every worker as they are
-        # counted.
+        # Bytes in one array: counting references to millions of strings would copy them into every worker
         self.files, self.labels = np.array([os.fsencode(file) for file in files]), labels
         self.machine, self.workers, self.resize = machine, workers, resize
         self.corruption: tuple[str, int] | None = None  # made on the device, batch by batch
@@ -281,8 +279,7 @@ def load_split(
 
 
 def held_out(labels: Tensor) -> Tensor:
-    """Which training images are for validation, (N,) bool: every tenth of each class; of a tiny set, the
-    last."""
+    """Which training images are for validation, (N,) bool: every tenth of each class (of few, the last)."""
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         chosen[(labels == label).nonzero()[9::10, 0]] = True
@@ -387,15 +384,15 @@ MNIST_C += ("brightness", "translate", "stripe", "fog", "spatter", "dotted_line"
 def array_corruptions(
     folder: Path, dataset: str, labels: Tensor, machine: "Machine", advice: str
 ) -> Corruptions:
-    """CIFAR-10-C, CIFAR-100-C or MNIST-C as published; labels: the test set's, which must be those of each
-    severity.
+    """CIFAR-10-C, CIFAR-100-C or MNIST-C as published, whose labels must be the test set's `labels`.
 
     CIFAR-C: `<corruption>.npy`, uint8 (5·N, 32, 32, 3), severity after severity, and `labels.npy` (5·N,).
     MNIST-C: `<corruption>/test_{images,labels}.npy`, uint8 (N, 28, 28, 1).
     """
-    names, parts, images_of, labels_of = CORRUPTIONS, 5, "{}.npy", "labels.npy"
+    names, parts, shape, images_of, labels_of = CORRUPTIONS, 5, (32, 32, 3), "{}.npy", "labels.npy"
     if dataset == "mnist":
-        names, parts, images_of, labels_of = MNIST_C, 1, "{}/test_images.npy", "{}/test_labels.npy"
+        names, parts, shape = MNIST_C, 1, (28, 28, 1)
+        images_of, labels_of = "{}/test_images.npy", "{}/test_labels.npy"
 
     def read(name: str, severity: int) -> Images:
         file = folder / images_of.format(name)
@@ -403,9 +400,7 @@ def array_corruptions(
             files = (file, folder / labels_of.format(name))
             arrays = [np.split(np.lib.format.open_memmap(path, mode="r"), parts) for path in files]
             images, found = (torch.from_numpy(array[severity - 1].copy()) for array in arrays)
-            if images.dtype != torch.uint8 or images.shape[1:] != (
-                (28, 28, 1) if parts == 1 else (32, 32, 3)
-            ):
+            if images.dtype != torch.uint8 or images.shape[1:] != shape:
                 raise ValueError(f"it holds {images.dtype} {tuple(images.shape)}")
             if len(images) != len(found) or not torch.equal(found.long(), labels):
                 raise ValueError(f"its labels are not those of the {len(labels)} test images")
@@ -514,8 +509,7 @@ def load_sets(
 
 
 def fake_images(count: int, num_classes: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Random pixels, uint8 (count, 3, height, width), and labels in turn: to measure speed and to try things
-    out."""
+    """Random pixels, uint8 (count, 3, height, width), and labels in turn."""
     draws = torch.Generator().manual_seed(count)
     images = torch.randint(256, (count, 3, height, width), generator=draws, dtype=torch.uint8)
     return images, torch.arange(count) % num_classes
@@ -524,8 +518,7 @@ def fake_images(count: int, num_classes: int, height: int, width: int) -> tuple[
 def find_folders(
     dataset: str, data_root: str, named: str | None, machine: "Machine", workers: int, train: bool
 ) -> list[Pictures | None]:
-    """Training, validation and test pictures of "imagenet" or of one's own "folder", whose classes must
-    agree.
+    """Training, validation and test pictures, of the same classes, of "imagenet" or one's own "folder".
 
     In train/, and test/ or val/ (of both, val/ is for validation; ImageNet's val/ is its test set), of the
     folder `named`, <data_root>/imagenet or data_root; to evaluate, that may hold the classes itself.
@@ -581,8 +574,7 @@ def modified_digits(
 
     Zoom 0.6..1 in x and y about the centre, then a translation of up to ±8 px in x and y; gamma 2/3..3/2
     (log-uniform), then contrast 0.8..1.2; uniform, drawn from `seed`. Returns uint8 images (variants·N, 3,
-    32, 32), variant by variant, int64 labels, and the number (variants·N,) of the image that each was made
-    from.
+    32, 32), variant by variant, int64 labels, and the number (variants·N,) of each one's original.
     """
     images, labels = load_split(dataset, split, data_root)
     generator = torch.Generator().manual_seed(seed * len(SPLITS) + SPLITS.index(split))
@@ -656,8 +648,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def adjust_contrast(images: Tensor, contrast: Tensor) -> Tensor:
-    """m + contrast·(x − m), clipped to [0, 1], with m the mean of the image's luma, as PIL's
-    ImageEnhance.Contrast.
+    """m + contrast·(x − m) in [0, 1], m the mean of the image's luma, as PIL's ImageEnhance.Contrast.
 
     images (B, 3, H, W) in [0, 1]; contrast (B,), 1 is the identity.
     """
@@ -711,8 +702,7 @@ SEVERITIES = {
             ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))),
     "brightness": ((0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),
     "contrast": ((0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),
-    # In units of the image's side, which was 32, and for ImageNet-C 244 (elastic_transform rescales from
-    # 224).
+    # In units of the image's side, which was 32, and for ImageNet-C 244 (elastic_transform rescales from 224)
     "elastic_transform": (((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05),
                            (0.1, 0.03, 0.03)),
                           ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02),
@@ -818,9 +808,7 @@ def glass_blur(images: Tensor, keys: Tensor, deviation: float, reach: int, round
         target = (here + draws[:, 0] * width + draws[:, 1]).flatten(1)  # (B, H*W)
         chained = (target > here.flatten()) & visited.flatten()[target]
         final = torch.where(chained, target, here.flatten())
-        for _ in range(
-            6 if reach > 1 else 0
-        ):  # 2^6 references; a chain goes on with probability below a half
+        for _ in range(6 if reach > 1 else 0):  # 2^6 references; a chain goes on half the time at most
             final = final.gather(1, final)
         source = target.gather(1, final)
         blurred = blurred.gather(2, source[:, None].expand(-1, 3, -1))
@@ -901,15 +889,10 @@ def elastic_transform(
     arm, centre_x, centre_y = min(height, width) // 3, width // 2, height // 2
     moves = jitter * unit * (2 * uniforms(keys, 0, (3, 2)) - 1)
     (x0, y0), (x1, y1), (x2, y2) = moves.permute(1, 2, 0)[..., None, None]  # (B, 1, 1) each
-    a, b, c, d = (
-        1 + (x1 - x2) / (2 * arm),
-        (x0 - x1) / (2 * arm),
-        (y1 - y2) / (2 * arm),
-        1 + (y0 - y1) / (2 * arm),
-    )
+    a, b = 1 + (x1 - x2) / (2 * arm), (x0 - x1) / (2 * arm)
+    c, d = (y1 - y2) / (2 * arm), 1 + (y0 - y1) / (2 * arm)
     right, down = columns - centre_x - arm - x0, rows - centre_y - arm - y0
-    # Every pixel reads where the inverse of [[a, b], [c, d]] takes it; mirrored about the border pixels'
-    # centres.
+    # Every pixel reads where the inverse of [[a, b], [c, d]] takes it, mirrored about centres of the border
     x = (d * right - b * down) / (a * d - b * c) + centre_x + arm
     y = (a * down - c * right) / (a * d - b * c) + centre_y + arm
     warped = sample(images, x, y, align_corners=True)
@@ -926,8 +909,7 @@ def pixelate(images: Tensor, keys: Tensor, factor: float) -> Tensor:
 
 
 def jpeg_compression(images: Tensor, keys: Tensor, quality: int) -> Tensor:
-    """libjpeg's baseline round trip at PIL's quality: 4:2:0 chroma, smooth upsampling, its roundings at every
-    stage."""
+    """libjpeg's baseline round trip at PIL's quality: 4:2:0 chroma, smooth upsampling, all its roundings."""
     height, width = images.shape[-2:]
     device = images.device
     percent = 5000 // quality if quality < 50 else 200 - 2 * quality
@@ -962,8 +944,7 @@ def jpeg_compression(images: Tensor, keys: Tensor, quality: int) -> Tensor:
 
 
 def scramble(bits: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64, in place. torch shifts signed numbers, hence the masks; products
-    wrap."""
+    """splitmix64's finaliser on int64, in place; products wrap, and shifts of signed numbers need masks."""
     bits ^= (bits >> 30).bitwise_and_((1 << 34) - 1)
     bits *= -0x40A7B892E31B1A47
     bits ^= (bits >> 27).bitwise_and_((1 << 37) - 1)
@@ -981,8 +962,7 @@ def image_keys(images: Tensor, label: str) -> Tensor:
 
 
 def uniforms(keys: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
-    """(B, *shape) float32, uniform on the open interval (0, 1) in steps of 2^-23; two from each 64-bit
-    hash."""
+    """(B, *shape) float32, uniform in the open interval (0, 1), steps of 2^-23; two from each 64-bit hash."""
     count = math.prod(shape)
     counters = scramble(torch.arange((count + 1) // 2, device=keys.device) + (stream << 40) + 1)
     bits = scramble(keys[:, None] + counters)
@@ -1063,8 +1043,7 @@ def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def blur(images: Tensor, deviation: float, truncate: float = 4, mirrored: bool = False) -> Tensor:
-    """Gaussian blur, cut at `truncate` deviations; borders repeat the last pixel, or mirror about the
-    edge."""
+    """Gaussian blur, cut at `truncate` deviations; borders repeat the last pixel, or mirror at the edge."""
     matrices = []
     for side in images.shape[-2:]:
         reach = int(truncate * deviation + 0.5)
@@ -1081,8 +1060,7 @@ def blur(images: Tensor, deviation: float, truncate: float = 4, mirrored: bool =
 
 
 def zoom_matrix(side: int, factor: float) -> Tensor:
-    """(side, side): the middle ceil(side / factor) pixels, linearly enlarged with their ends kept, cut to
-    side."""
+    """(side, side): the middle ceil(side / factor) pixels, linearly enlarged, ends kept, and cut to side."""
     crop = math.ceil(side / factor)
     zoomed = round(crop * factor)
     positions = (torch.arange(side, dtype=torch.float64) + (zoomed - side) // 2) * (crop - 1) / (zoomed - 1)
@@ -1107,14 +1085,12 @@ def dct_matrix(side: int) -> Tensor:
 
 
 def round_away(values: Tensor) -> Tensor:
-    """Nearest integer, halves away from zero as in libjpeg; the nudge keeps rounding noise from deciding
-    ties."""
+    """Nearest integer, halves away from zero as in libjpeg; a nudge, lest rounding noise decide ties."""
     return values.sign() * (values.abs() + 0.5 + 1e-9).floor()
 
 
 def sample(images: Tensor, x: Tensor, y: Tensor, align_corners: bool) -> Tensor:
-    """Bilinear look-up at pixel positions x, y (B, H, W); outside, mirrored about border pixels' centres or
-    edges."""
+    """Bilinear look-up at positions x, y (B, H, W) in px; mirrored about border pixels' centres, or edges."""
     height, width = images.shape[-2:]
     if align_corners:
         grid = torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], -1)
@@ -1124,8 +1100,7 @@ def sample(images: Tensor, x: Tensor, y: Tensor, align_corners: bool) -> Tensor:
 
 
 def streak(images: Tensor, radius: int, deviation: float, degrees: Tensor) -> Tensor:
-    """ImageMagick's motion blur: whole-pixel steps along the angle (B, 1), Gaussian weights, borders
-    repeated."""
+    """ImageMagick's motion blur: Gaussian weights at whole pixels along the angle (B, 1); borders repeat."""
     height, width = images.shape[-2:]
     weights = torch.exp(-0.5 * (torch.arange(2 * radius + 1, dtype=torch.float64) / deviation) ** 2)
     radians = degrees * math.pi / 180
@@ -1178,11 +1153,8 @@ class ResNeXtBottleneck(nn.Module):
 
 
 class ResNeXt(nn.Module):
-    """ResNeXt-29 (4×32d) for 32 px images (Xie et al. 2017, section 5.3), with the key names of AugMix's
-    checkpoints.
-
-    width: channels of the first convolution, 64 as published.
-    """
+    """ResNeXt-29 (4×32d) for 32 px (Xie et al. 2017, section 5.3), with the key names of AugMix's checkpoints;
+    width: channels of the first convolution, 64 as published."""
 
     def __init__(self, num_classes: int, width: int = 64):
         super().__init__()
@@ -1219,10 +1191,8 @@ class WideResNetBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Wide ResNet (Zagoruyko & Komodakis 2016) for 32 px images, with the key names of AugMix's checkpoints.
-
-    width: channels of the first convolution, 16 as published.
-    """
+    """Wide ResNet (Zagoruyko & Komodakis 2016) for 32 px, with the key names of AugMix's checkpoints; width:
+    channels of the first convolution, 16 as published."""
 
     def __init__(self, num_classes: int, depth: int = 40, widen_factor: int = 2, width: int = 16):
         super().__init__()
@@ -1276,8 +1246,7 @@ class ShakeShakeBlock(nn.Module):
 
 
 def shake_even(one: Tensor, other: Tensor, training: bool) -> Tensor:
-    """α·one + (1 - α)·other, α ~ U(0, 1) per image, in training, else their mean; the gradient is the
-    mean's."""
+    """α·one + (1 - α)·other, α ~ U(0, 1) per image (else their mean), with the gradient of the mean."""
     mean = (one + other) / 2
     if not training:
         return mean
@@ -1287,8 +1256,7 @@ def shake_even(one: Tensor, other: Tensor, training: bool) -> Tensor:
 
 class ShakeShake(nn.Module):
     """Shake-Shake 26 2×{width}d for 32 px images (Gastaldi 2017, arXiv 1705.07485), "Shake-Even-Image":
-    shake_even, with an α per block and image. width: channels of the first stage, 32, 96 or 112 as
-    published."""
+    shake_even, with an α per block and image. width: of the first stage, 32, 96 or 112 as published."""
 
     def __init__(self, num_classes: int, width: int, depth: int = 26):
         super().__init__()
@@ -1307,8 +1275,7 @@ class ShakeShake(nn.Module):
 
 
 class ShakeDrop(nn.Module):
-    """ShakeDrop (Yamada et al. 2018, arXiv 1802.02375): a residual branch is scaled differently forward and
-    backward.
+    """ShakeDrop (Yamada et al. 2018, arXiv 1802.02375): scales a branch differently forward and backward.
 
     In training by b + α - bα, its gradient by b + β - bβ; else by the expectation of the former, P(b = 1) = 1
     - death_rate. b is one per layer and batch, as in stochastic depth; α ~ U(-1, 1) and β ~ U(0, 1) are one
@@ -1377,8 +1344,7 @@ class PyramidNet(nn.Module):
 
 
 def bottleneck_resnet(num_classes: int, layers: tuple[int, ...], width: int = 64) -> nn.Module:
-    """torchvision's ResNet of bottlenecks, and its key names; width: channels of the first stage's
-    bottlenecks."""
+    """torchvision's ResNet of bottlenecks, and its key names; width: of the first stage's bottlenecks."""
     from torchvision.models.resnet import Bottleneck, ResNet  # takes a second to import
 
     class SlimResNet(ResNet):
@@ -1416,17 +1382,13 @@ def initialise(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-# Models by name: constructor, its settings as published, and those for SMALL pictures, so that two CPU cores
-# suffice
+# Models by name: constructor, its settings as published, and those for SMALL pictures on two CPU cores
+WRN_SLIM = {"depth": 10, "widen_factor": 4, "width": 4}
 MODELS = {
     "resnext": (ResNeXt, {}, {"width": 4}),
     "wideresnet": (WideResNet, {}, {"width": 4}),
     "wresnet40_2": (WideResNet, {}, {"width": 4}),
-    "wresnet28_10": (
-        WideResNet,
-        {"depth": 28, "widen_factor": 10},
-        {"depth": 10, "widen_factor": 4, "width": 4},
-    ),
+    "wresnet28_10": (WideResNet, {"depth": 28, "widen_factor": 10}, WRN_SLIM),
     "shake26_2x32d": (ShakeShake, {"width": 32}, {"width": 4, "depth": 14}),
     "shake26_2x96d": (ShakeShake, {"width": 96}, {"width": 8, "depth": 14}),
     "shake26_2x112d": (ShakeShake, {"width": 112}, {"width": 10, "depth": 14}),
@@ -1434,11 +1396,7 @@ MODELS = {
     "resnet50": (bottleneck_resnet, {"layers": (3, 4, 6, 3)}, {"layers": (2, 2, 2, 2), "width": 4}),
     "resnet50d": (deep_resnet, {"layers": (3, 4, 6, 3)}, {"layers": (2, 2, 2, 2), "width": 4}),
     "resnet200": (bottleneck_resnet, {"layers": (3, 24, 36, 3)}, {"layers": (2, 4, 6, 2), "width": 4}),
-    "student": (
-        WideResNet,
-        {},
-        {"depth": 16, "width": 4},
-    ),  # a white-box stand-in: ResNet-18, or a small Wide ResNet
+    "student": (WideResNet, {}, {"depth": 16, "width": 4}),  # of others a ResNet-18
 }
 RESNETS = ("resnet50", "resnet50d", "resnet200")  # are normalised as torchvision's
 STATISTICS = {
@@ -1487,8 +1445,7 @@ def normalisation(dataset: str, name: str) -> str:
 
 
 def torchvision_model(name: str, num_classes: int, mean: tuple, std: tuple) -> nn.Module:
-    """A torchvision model with random weights that normalises its input itself; its key names are
-    torchvision's."""
+    """A torchvision model with random weights, and torchvision's key names, that normalises its input."""
     from torchvision import models  # takes a second to import, so only when asked for
 
     if name not in models.list_models(module=models):
@@ -1501,8 +1458,7 @@ def torchvision_model(name: str, num_classes: int, mean: tuple, std: tuple) -> n
 
 
 def normalise_inside(model: nn.Module, mean: tuple, std: tuple) -> nn.Module:
-    """The model, which from now on normalises its input itself: by a hook, so that its keys stay as
-    published."""
+    """The model, which from now on normalises its input: by a hook, so that its keys stay as published."""
     statistics = torch.tensor([mean, std]).view(2, 3, 1, 1)
     model.register_buffer("normalisation", statistics, persistent=False)
     model.register_forward_pre_hook(normalise_input)
@@ -1558,8 +1514,7 @@ def state_dicts(content: object, place: str = "", depth: int = 3) -> dict[str, d
 
 def as_named_here(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict without what stands before every key, until keys are the model's. Of RobustBench's: with
-    our name of shortcuts, and without `mu` and `sigma`, which normalise the input, where they are this
-    model's."""
+    our name of shortcuts, and without the statistics `mu` and `sigma` where they are this model's."""
     wanted, state = model.state_dict().keys(), {**state}
     state.pop("n_averaged", None)  # of torch's AveragedModel
     while not wanted & state.keys() and all("." in key for key in state):
@@ -1576,8 +1531,7 @@ def as_named_here(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], complaint: str, advice: str) -> nn.Module:
-    """Put a state dict into `model` and return it. InputError, naming the keys, between `complaint` and
-    `advice`."""
+    """Put a state dict into `model` and return it. InputError: complaint, keys that are wrong, advice."""
     wanted = model.state_dict()
     faults = {
         # Counters are not in every checkpoint (torch < 0.4.1 had none) and nothing depends on them here.
@@ -1686,11 +1640,7 @@ def load_imagenet_weights(model: nn.Module, name: str, machine: "Machine", dry_r
 
 # Of a plain training: epochs, images per step over all ranks, largest learning rate, weight decay
 RECIPES = {"digits": (30, 50, 0.1, 5e-4), "mnist": (5, 100, 0.1, 5e-4), "fashion_mnist": (30, 100, 0.1, 5e-4)}
-RECIPES |= {
-    "cifar10": (200, 128, 0.1, 5e-4),
-    "cifar100": (200, 128, 0.1, 5e-4),
-    "folder": (90, 256, 0.1, 1e-4),
-}
+RECIPES |= dict.fromkeys(("cifar10", "cifar100"), (200, 128, 0.1, 5e-4)) | {"folder": (90, 256, 0.1, 1e-4)}
 
 
 def train_classifier(
@@ -1760,9 +1710,8 @@ class Program(nn.Module):
             raise InputError(f"--blackbox {error}") from error
         except Exception as error:  # each library has errors of its own
             advice = "a checkpoint goes to --weights"
-            raise InputError(
-                f"--blackbox {file} cannot be loaded: {short_reason(error)}; {advice}"
-            ) from error
+            reason = f"cannot be loaded: {short_reason(error)}"
+            raise InputError(f"--blackbox {file} {reason}; {advice}") from error
         for count in (2, 3):  # two batch sizes: a program may be made for one
             draws = torch.Generator().manual_seed(0)
             answers = self(torch.rand(count, 3, size, size, generator=draws))
@@ -1971,8 +1920,7 @@ def start_machine(device: str = "auto", amp: bool = False, seed: int = 0) -> Mac
         if amp and not torch.cuda.is_bf16_supported(including_emulation=False):
             amp_dtype = torch.float16
     if world_size > 1 and not dist.is_initialized():
-        # torchrun's store outlives a restart: without a prefix, an attempt may read the addresses of the one
-        # before
+        # torchrun's store outlives a restart: an attempt must not read the addresses of the one before
         store, rank, world_size = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size)
@@ -2008,8 +1956,7 @@ def distribute(model: nn.Module, machine: Machine) -> nn.Module:
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation over the global batch of all ranks, on any backend; the parts may differ in
-    size."""
+    """Batch normalisation over the global batch of all ranks, of any backend, whose parts may differ."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -2258,7 +2205,6 @@ class Run:
         self.in_place, self.step, self.finished, self.log_file = bool(holds and self.using), 0, False, None
 
     def new_directory(self) -> Path:
-
         args = self.args
         model = Path(args.model).name.replace(".py:", "-")
         name = f"{args.dataset}-{model}-{self.method}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -2391,10 +2337,10 @@ class Run:
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
         if Stop.deferred:
-            shown = [
-                f"{name} {numbers[name]:.3g}" for name in numbers if name not in ("lr", "queries", "epoch")
-            ]
-            self.bar.set_postfix_str(", ".join(shown), refresh=False)
+            shown = (name for name in numbers if name not in ("lr", "queries", "epoch"))
+            self.bar.set_postfix_str(
+                ", ".join(f"{name} {numbers[name]:.3g}" for name in shown), refresh=False
+            )
 
     def finish(self, results: dict) -> dict:
         """Write results.json with the keys that every script has, and return it. A run that is evaluated
@@ -2821,11 +2767,7 @@ def train_weights(args: argparse.Namespace) -> None:
     train_classifier(model, args.dataset, sets.train, sets.val, recipe, run, args.seed)
     val, test = (evaluate([model], data)[0]["top1_accuracy"] for data in (sets.val, sets.test))
     if not run.finished:
-        about = {
-            "n_train": len(sets.train),
-            "n_eval": len(sets.test),
-            "protocol": "top-1 accuracy, clean images",
-        }
+        about = {"n_train": len(sets.train), "n_eval": len(sets.test), "protocol": "accuracy, clean images"}
         run.finish(about | {"val_accuracy": val, "test_accuracy": test})
     small = isinstance(sets.train, Images) and ".py:" not in args.model and not args.dry_run
     files = [run.directory / "weights.pt", WEIGHTS / f"{args.dataset}-{args.model}.pt"][: 1 + small]
@@ -2834,9 +2776,7 @@ def train_weights(args: argparse.Namespace) -> None:
         if file.parent == run.directory or not file.is_file():
             machine.on_main(lambda file=file: save_atomically(content, file))
     if machine.is_main:
-        print(
-            f"{files[0]}: {val:.2f} % of the validation images, {test:.2f} % of the {len(sets.test)} test images"
-        )
+        print(f"{files[0]}: {val:.2f} % of validation, {test:.2f} % of the {len(sets.test)} test images")
 
 
 def main() -> None:

@@ -205,8 +205,7 @@ def share_counts(batch_size: int, earlier: bool, machine: Machine) -> list[int]:
 
 @torch.no_grad()
 def mixed_batch(images: Tensor, z: Tensor, generators: list, counts: list[int], epsilon: float) -> Tensor:
-    """A copy of images (B, 3, H, W): counts[0] as they are, counts[1] under generators[0]'s noise, and so
-    on."""
+    """A copy of images (B, 3, H, W): counts[0] as they are, counts[1] under generators[0]'s noise, …"""
     clean, *rest = images.split(counts)
     parts = z.contiguous(memory_format=torch.channels_last).split(counts)[1:]  # faster: the layers are narrow
     noise = [generate(part).float() for generate, part in zip(generators, parts) if len(part)]
@@ -427,8 +426,7 @@ def draw_noises(
     directory: Path, game: Game, classes: list[str], generators: dict, images: Tensor, labels: Tensor
 ) -> None:
     """noise.png: of each generator the density of its noise, mean over colours, in units of the root mean
-    square, and patches; examples.png: images (B, 3, H, W) under it, with the class that the classifier
-    sees."""
+    square, and patches; examples.png: images (B, 3, H, W) under it, with the classifier's answer."""
     alone, rows = game.machine._replace(rank=0, world_size=1), {"clean": images}
     draws, bins, size = alone.generator("pictures"), torch.linspace(-4, 4, 81), 1.6 * len(generators)
     with common.figure(directory / "noise.png", len(generators), 6, (12, size)) as axes:

@@ -13,6 +13,7 @@ both see the same machine. Seconds are medians over these rounds, warm-up left o
     ANT         forward and backward pass of the classifier for the generator, its own training step
     test time   the classifier alone
     training    advaa.py --policy none and trivial against a bare loop: shuffle, forward, backward, step
+    views       AdvAA's, 8 of each of 128 images of CIFAR's size, against a tenth of the training step that they feed
     start       --help against `import torch`; the first training step after the command against 8 s
 
 The limit's precision (float32, or bfloat16 autocast), layout (channels_last or not) and, for the classifier's
@@ -411,6 +412,33 @@ def test_time(device: torch.device, quick: bool) -> dict:
     return figures_of(seconds, least, "the classifier alone", **more, rounds=len(rounds))
 
 
+def views(device: torch.device, quick: bool) -> dict:
+    """AdvAA's views from uniform policies, with pad-crop, flip and Cutout."""
+    import advaa
+
+    case = Case(
+        "advaa", "", "wresnet28_10" if device.type == "cuda" else "wideresnet", 10, 32, "cifar10", 128, 8
+    )
+    images = common.fake_images(case.batch, 10, 32, 32)[0].to(device)
+    policies = (torch.rand(8, 5, 2, 2) * torch.tensor([len(advaa.OPS), advaa.MAGNITUDES])).long()
+    menu, rows = advaa.menu_of("random", policies, 8, "cifar10", 32), torch.arange(case.batch)
+    draws = [torch.rand(case.batch, 8, advaa.DRAWS, dtype=torch.float64) for _ in range(10)]
+    turns = iter(draws * 1000)
+    work = lambda: advaa.augment(images, images, rows, next(turns), menu, 4, 16)
+    chosen, step = limit_of(case, device, True)
+    works = (work, step)
+    for warm in works * 2:
+        warm()
+    reset_peak_memory(device)
+    times = (10, 3) if device.type == "cuda" else (2, 1)
+    rounds = [[seconds_of(once, device, count) for once, count in zip(works, times)] for _ in range(3)]
+    seconds, step_seconds = (statistics.median(column) for column in zip(*rounds))
+    more = {"images_per_second": len(images) * 8 / seconds, "peak_memory_mb": peak_memory_mb(device)}
+    return figures_of(
+        seconds, step_seconds / 10, f"a tenth of a step: {chosen[0]}", **more, rounds=len(rounds)
+    )
+
+
 def start_up(device: torch.device, quick: bool) -> dict[str, dict]:
     """Seconds of --help beside those of `import torch`, and from the command to the end of the first training
     step."""
@@ -476,6 +504,7 @@ def main() -> None:
     for name, case in cases_of(device, args.quick).items():
         works[name] = lambda case=case: {"": measure(case, device, args.quick)}
     works["test time, gretta resnext"] = lambda: {"": test_time(device, args.quick)}
+    works["views"] = lambda: {"": views(device, args.quick)}
     works["start"] = lambda: start_up(device, args.quick)
     machine, table = {"device": device_name(device), "torch": torch.__version__}, {}
     for name, work in works.items():
