@@ -439,10 +439,11 @@ def read_policies(file: str, epochs: int, M: int, Q: int) -> list[Tensor]:
             if policies.shape != shape or not {*policies[..., 1].flatten().tolist()} <= {*range(10)}:
                 raise ValueError(f"policies are {tuple(policies.shape)}, not {shape} of 0 to 9")
             found.append(policies)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"--replay {file}, line {len(found) + 1}: {error}; ops are {', '.join(OPS)}"
-        ) from error
+    except OSError as error:
+        raise InputError(f"--replay {file}: {error.strerror}; name the policies.jsonl of a run") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        where = f"--replay {file}, line {len(found) + 1}"
+        raise InputError(f"{where}: {error}; ops are {', '.join(OPS)}") from error
     if len(found) < epochs:
         raise InputError(f"--replay {file} holds {len(found)} epochs, not {epochs}: lower --epochs")
     return found
