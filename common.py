@@ -2570,16 +2570,10 @@ def curves(axis, history: list[dict], keys: dict[str, str], x: str = "epoch", **
         axis.legend(fontsize=8)
 
 
-NO_FIGURES = ("seed", "n_train", "n_eval", "peak_memory_mb", "epsilon", "clean_top5_accuracy", "proportion")
-NO_FIGURES += (
-    "severities",
-    "before",
-    "flip_probability",
-    "best_on_validation",
-    "auroc",
-    "entropy_first",
-    "queries_distillation",
+NO_FIGURES = (
+    "seed n_train n_eval peak_memory_mb epsilon clean_top5_accuracy proportion severities before auroc"
 )
+NO_FIGURES = f"{NO_FIGURES} flip_probability best_on_validation entropy_first queries_distillation".split()
 
 
 def leaves(results: dict, above: str = "") -> Iterator[tuple[str, float]]:

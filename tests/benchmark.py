@@ -13,7 +13,7 @@ both see the same machine. Seconds are medians over these rounds, warm-up left o
     ANT         forward and backward pass of the classifier for the generator, its own training step
     test time   the classifier alone
     training    advaa.py --policy none and trivial against a bare loop: shuffle, forward, backward, step
-    views       AdvAA's, 8 of each of 128 images of CIFAR's size, against a tenth of the training step that they feed
+    views       AdvAA's, of 128 images of CIFAR's size (CPU: 16), 8 each, against a tenth of their training step
     start       --help against `import torch`; the first training step after the command against 8 s
 
 The limit's precision (float32, or bfloat16 autocast), layout (channels_last or not) and, for the classifier's
@@ -416,27 +416,20 @@ def views(device: torch.device, quick: bool) -> dict:
     """AdvAA's views from uniform policies, with pad-crop, flip and Cutout."""
     import advaa
 
-    case = Case(
-        "advaa", "", "wresnet28_10" if device.type == "cuda" else "wideresnet", 10, 32, "cifar10", 128, 8
-    )
-    images = common.fake_images(case.batch, 10, 32, 32)[0].to(device)
+    model, batch = ("wresnet28_10", 128) if device.type == "cuda" else ("wideresnet", 16)
+    images = common.fake_images(batch, 10, 32, 32)[0].to(device)
     policies = (torch.rand(8, 5, 2, 2) * torch.tensor([len(advaa.OPS), advaa.MAGNITUDES])).long()
-    menu, rows = advaa.menu_of("random", policies, 8, "cifar10", 32), torch.arange(case.batch)
-    draws = [torch.rand(case.batch, 8, advaa.DRAWS, dtype=torch.float64) for _ in range(10)]
-    turns = iter(draws * 1000)
-    work = lambda: advaa.augment(images, images, rows, next(turns), menu, 4, 16)
-    chosen, step = limit_of(case, device, True)
-    works = (work, step)
-    for warm in works * 2:
+    menu, rows = advaa.menu_of("random", policies, 8, "cifar10", 32), torch.arange(batch)
+    draws = torch.rand(batch, 8, advaa.DRAWS, dtype=torch.float64)
+    work = lambda: advaa.augment(images, images, rows, draws, menu, 4, 16)
+    chosen, step = limit_of(Case("advaa", "", model, 10, 32, "cifar10", batch, 8), device, True)
+    for warm in (work, step) * 2:
         warm()
     reset_peak_memory(device)
-    times = (10, 3) if device.type == "cuda" else (2, 1)
-    rounds = [[seconds_of(once, device, count) for once, count in zip(works, times)] for _ in range(3)]
-    seconds, step_seconds = (statistics.median(column) for column in zip(*rounds))
-    more = {"images_per_second": len(images) * 8 / seconds, "peak_memory_mb": peak_memory_mb(device)}
-    return figures_of(
-        seconds, step_seconds / 10, f"a tenth of a step: {chosen[0]}", **more, rounds=len(rounds)
-    )
+    rounds = [(seconds_of(work, device, 10), seconds_of(step, device) / 10) for _ in range(3)]
+    seconds, least = (statistics.median(column) for column in zip(*rounds))
+    more = {"images_per_second": batch * 8 / seconds, "peak_memory_mb": peak_memory_mb(device)}
+    return figures_of(seconds, least, f"a tenth of a step: {chosen[0]}", **more, rounds=len(rounds))
 
 
 def start_up(device: torch.device, quick: bool) -> dict[str, dict]:
