@@ -469,7 +469,7 @@ def balanced_subset(labels: Tensor, count: int, seed: int) -> Tensor:
 def further_sets(
     dataset: str, data_root: str, machine: Machine, split: str, most: int, notes: list[str]
 ) -> tuple[dict[str, Data], dict[str, np.ndarray]]:
-    """At most so many modified images, and CIFAR-10-P's sequences, uint8 (N, frames, 32, 32, 3), not yet read."""
+    """At most so many modified images; CIFAR-10-P's sequences, uint8 (N, frames, 32, 32, 3), not yet read."""
     shifted, perturbed, folder = {}, {}, Path(data_root) / "CIFAR-10-P"
     if dataset in common.SMALL:
         made = common.modified_digits(split, data_root, 10 if dataset == "digits" else 1, dataset=dataset)

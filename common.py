@@ -892,7 +892,7 @@ def elastic_transform(
     a, b = 1 + (x1 - x2) / (2 * arm), (x0 - x1) / (2 * arm)
     c, d = (y1 - y2) / (2 * arm), 1 + (y0 - y1) / (2 * arm)
     right, down = columns - centre_x - arm - x0, rows - centre_y - arm - y0
-    # Every pixel reads where the inverse of [[a, b], [c, d]] takes it, mirrored about centres of the border
+    # Every pixel reads where the inverse of [[a, b], [c, d]] takes it; mirrored about border pixels' centres
     x = (d * right - b * down) / (a * d - b * c) + centre_x + arm
     y = (a * down - c * right) / (a * d - b * c) + centre_y + arm
     warped = sample(images, x, y, align_corners=True)
@@ -2028,8 +2028,10 @@ class Parser(argparse.ArgumentParser):
             help="the corrupted test set (default: CIFAR-10-C, imagenet-c, … in --data-root)")
         add("--generate-corruptions", action="store_true",
             help="make the 15 corruptions where the published ones are not on disk")
-        add("-j", "--workers", type=number(int, 0), help="processes that decode pictures, at most one per core")
-        add("--eval-split", "--target-split", choices=("val", "test"), default="test", help="what is evaluated; val: to tune on")
+        add("-j", "--workers", type=number(int, 0),
+            help="processes that decode pictures, at most one per core")
+        add("--eval-split", "--target-split", choices=("val", "test"), default="test",
+            help="what is evaluated; val: to tune on")
         # fmt: on
 
     def error(self, message: str):

@@ -422,7 +422,7 @@ def views(device: torch.device, quick: bool) -> dict:
     menu, rows = advaa.menu_of("random", policies, 8, "cifar10", 32), torch.arange(batch)
     draws = torch.rand(batch, 8, advaa.DRAWS, dtype=torch.float64)
     work = lambda: advaa.augment(images, images, rows, draws, menu, 4, 16)
-    chosen, step = limit_of(Case("advaa", "", model, 10, 32, "cifar10", batch, 8), device, True)
+    chosen, step = limit_of(Case("advaa", "", model, 10, 32, "cifar10", batch, 8), device, quick)
     for warm in (work, step) * 2:
         warm()
     reset_peak_memory(device)

@@ -21,9 +21,8 @@ step() {  # NAME SECONDS COMMAND…: what it prints goes to FOLDER/NAME.log, a r
 
 failed=0
 "$python" -c "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU')" | tee "$out/machine.txt"
-gpu=$(grep -c "no GPU" "$out/machine.txt")
-short=--dry-run only="advaa M=8, digits resnext"
-[ "$gpu" = 0 ] && short=--amp only=""
+short=--amp only=""
+grep -q "no GPU" "$out/machine.txt" && short=--dry-run only="advaa M=8, digits resnext"
 step tests 150 "$python" -m pytest -n 0 -q -s tests/test_cuda.py
 step benchmark 170 "$python" tests/benchmark.py --quick --only "$only" --json "$out/benchmark.json"
 for script in gretta advaa game_of_noise; do
