@@ -344,11 +344,8 @@ def menu_of(policy: str, policies: Tensor | None, M: int, dataset: str, size: in
     from torchvision.transforms import AutoAugment, AutoAugmentPolicy, TrivialAugmentWide
 
     space, none = TrivialAugmentWide()._augmentation_space(31), ("Identity", 1.0, 0)
-    pairs = (
-        [((name, 1.0, i), none) for name in space for i in range(31)]
-        if policy == "trivial"
-        else [(none, none)]
-    )
+    pairs = [((name, 1.0, i), none) for name in space for i in range(31)]
+    pairs = pairs if policy == "trivial" else [(none, none)]
     if policy == "autoaugment":
         kinds = dict.fromkeys(common.SMALL, "svhn") | {"imagenet": "imagenet", "folder": "imagenet"}
         source = AutoAugment(AutoAugmentPolicy(kinds.get(dataset, "cifar10")))

@@ -2461,9 +2461,9 @@ def load_tensors(file: str | Path, advice: str) -> object:
         name = re.search(r"GLOBAL (\S+)", str(error))
         what = f"{name[1]}, which is " if name else ""
         unsafe = name or "weights_only" in str(error).lower()
-        reason = (
-            f"it holds {what}more than tensors (no code is run)" if unsafe else "truncated or no checkpoint"
-        )
+        reason = "truncated or no checkpoint"
+        if unsafe:
+            reason = f"it holds {what}more than tensors (no code is run)"
         raise InputError(f"cannot read {file}: {reason}; {advice}") from error
 
 
@@ -2572,17 +2572,15 @@ def curves(axis, history: list[dict], keys: dict[str, str], x: str = "epoch", **
         axis.legend(fontsize=8)
 
 
-NO_FIGURES = (
-    "seed n_train n_eval peak_memory_mb epsilon clean_top5_accuracy proportion severities before auroc"
-)
-NO_FIGURES = f"{NO_FIGURES} flip_probability best_on_validation entropy_first queries_distillation".split()
+NO_FIGURES = "seed n_train n_eval peak_memory_mb epsilon clean_top5_accuracy proportion severities before"
+NO_FIGURES += " auroc flip_probability best_on_validation entropy_first queries_distillation"
 
 
 def leaves(results: dict, above: str = "") -> Iterator[tuple[str, float]]:
     """(name, value) of the figures of a results.json; of corruptions the means alone."""
     for key, value in results.items():
         name = f"{above} {key}".strip()
-        if key in NO_FIGURES or (above.startswith("corruptions") and "mean" not in name):
+        if key in NO_FIGURES.split() or (above.startswith("corruptions") and "mean" not in name):
             continue
         if isinstance(value, dict):
             yield from leaves(value, name)
@@ -2698,9 +2696,8 @@ def download(url: str, file: Path, checksum: str = "") -> Path:
                 with tqdm.wrapattr(stream, "write", **shown) as writer:
                     shutil.copyfileobj(answer, writer, 2**20)
         if part.stat().st_size < size:
-            raise OSError(
-                f"broken off after {part.stat().st_size:,} of {size:,} bytes; it goes on from there"
-            )
+            came = f"{part.stat().st_size:,} of {size:,} bytes"
+            raise OSError(f"broken off after {came}; it goes on from there")
         with open(part, "rb") as stream:
             found = hashlib.file_digest(stream, "md5" if len(checksum) == 32 else "sha256").hexdigest()
         if not found.startswith(checksum):

@@ -404,10 +404,8 @@ def print_results(results: dict, directory: Path) -> str:
     lines = [f"{results['method']} ({results['model']}), accuracy (%): mean, before, by severity"]
     for name, cells in rows.items():
         lines.append(f"{name:22}" + "".join(f"{math.nan if cell is None else cell:8.2f}" for cell in cells))
-    lines += [
-        results["protocol"],
-        f"{results['wall_seconds']} s, {results['peak_memory_mb']} MB; {directory}",
-    ]
+    lines.append(results["protocol"])
+    lines.append(f"{results['wall_seconds']} s, {results['peak_memory_mb']} MB; {directory}")
     print("", *lines, sep="\n")
     return "\n".join(lines) + "\n"
 
@@ -496,14 +494,14 @@ def epoch_figures(totals: list[float], steps: int, batch_size: int) -> dict[str,
     return {name: value / steps for name, value in figures.items()}
 
 
-def protocol_line(dataset: str, model: str, split: str, sets: common.Sets, epsilon: float) -> str:
-    """One line that says how the figures were measured."""
+def protocol_line(dataset: str, split: str, sets: common.Sets, inputs: str, epsilon: float | None) -> str:
+    """One line that says how the figures were measured; epsilon: None without ε*."""
     source = f"{dataset} {split} ({len(sets.test)} images), {sets.corruptions.protocol}"
-    inputs = f"inputs normalised by {common.normalisation(dataset, model)}; top-1 accuracy (%)"
+    line = f"{source}; inputs {inputs}; top-1 accuracy (%)"
+    if epsilon is None:
+        return line
     trained = f"generators trained at {epsilon:g} on {'training' if sets.train else 'test'} images"
-    return (
-        f"{source}; {inputs}; epsilon* along the noise of {trained}, median of at most {STAR_IMAGES} images"
-    )
+    return f"{line}; epsilon* along the noise of {trained}, median of at most {STAR_IMAGES} images"
 
 
 def evaluate_program(args: argparse.Namespace, sets: common.Sets, machine: Machine) -> None:
@@ -511,15 +509,11 @@ def evaluate_program(args: argparse.Namespace, sets: common.Sets, machine: Machi
     program = common.Program(args.blackbox, len(sets.classes), sets.test.size, machine.device)
     run = common.Run(args, machine, "blackbox")
     run.track({})
-    run.say(
-        program.origin, "ε* is left out: its noise is learned with gradients, of which a program has none"
-    )
+    run.say(program.origin, "ε* is left out: its noise is learned with gradients; a program has none")
     results = {"n_train": 0, "n_eval": len(sets.test)}
-    results["protocol"] = f"{args.dataset} {args.eval_split} ({len(sets.test)} images), "
-    results["protocol"] += f"{sets.corruptions.protocol}; inputs in [0, 1]; top-1 accuracy (%)"
-    results |= {"epsilon": None, "epsilon_star": None, "epsilon_star_3x3": None}
-    against_alexnet = args.dataset == "imagenet"
-    results |= evaluate_classifier([program], sets, args.test_batch_size, against_alexnet)
+    results["protocol"] = protocol_line(args.dataset, args.eval_split, sets, "in [0, 1]", None)
+    results |= dict.fromkeys(("epsilon", "epsilon_star", "epsilon_star_3x3"))
+    results |= evaluate_classifier([program], sets, args.test_batch_size, args.dataset == "imagenet")
     report(run, run.finish(results), args.evaluate)
 
 
@@ -637,7 +631,8 @@ def main() -> None:
 
     # The test set is read once, here.
     results = {"n_train": n_train, "n_eval": len(sets.test), "epsilon": args.epsilon}
-    results["protocol"] = protocol_line(args.dataset, args.model, args.eval_split, sets, args.epsilon)
+    inputs = f"normalised by {common.normalisation(args.dataset, args.model)}"
+    results["protocol"] = protocol_line(args.dataset, args.eval_split, sets, inputs, args.epsilon)
     stars, testers = evaluate_stars(game, sets, args.star_iterations, args.fresh_lr, args.seed)
     results |= evaluate_classifier(models, sets, args.test_batch_size, args.dataset == "imagenet") | stars
     images, labels = sets.test.take(8).tensors()

@@ -690,37 +690,31 @@ def target_sets(
     """A labelled target domain in disjoint parts: `proportion` of it trains the policy, another evaluates it.
     Modified digits and the like: no digit is in both; CheXpert: its validation set; folder: test pictures.
     where: data_root, workers."""
-    small, classes = dataset in common.SMALL, [*FINDINGS]
+    small, root = dataset in common.SMALL, where["data_root"]
     if dataset == "chexpert":
         pictures, test = load_chexpert(uncertain, machine, **where)
         train, pool = split_patients(pictures, proportion)
-        val, clean, source = pool, pool, f"CheXpert, uncertain labels: {uncertain}"
+        val, clean, classes, notes = pool, pool, [*FINDINGS], []
+        source = f"CheXpert, uncertain labels: {uncertain}"
     else:
         options = {"split": split, "corruptions": None, "dry_run": dry_run and small}
         options |= {"train": small, "validation": small or split == "val"}
         found = common.load_sets(dataset, machine=machine, **options, **where)
-        data, originals, source = (
-            found.test,
-            torch.arange(len(found.test)),
-            f"{split} images of {where['data_root']}",
-        )
+        data, originals, source = found.test, torch.arange(len(found.test)), f"{split} images of {root}"
         if small:
-            variants, root = 10 if dataset == "digits" else 1, where["data_root"]
+            variants = 10 if dataset == "digits" else 1
             *modified, originals = common.modified_digits(split, root, variants, dataset=dataset)
             data, source = common.Images(*modified, machine), f"modified {dataset} ({split} images)"
         numbers, held_out = split_domain(data.labels.cpu(), originals, proportion)
-        drawn, classes = round(proportion * len(data)), found.classes
+        drawn, classes, notes = round(proportion * len(data)), found.classes, found.notes
         train, pool, test = data.part(numbers[:drawn]), data.part(numbers), data.part(held_out)
         val, clean = data.part(numbers[drawn:]) if drawn < len(numbers) else pool, train
         if small:
             *val, _ = common.modified_digits("val", root, min(2, variants), dataset=dataset)
             val, clean = common.Images(*val, machine), found.train
-    notes = [] if dataset == "chexpert" else found.notes
     source += f": {len(train)} ({100 * proportion:g} %) train the policy, {len(test)} others evaluate it"
-    tests = {("target", 0): lambda: test}
-    return DataSets(
-        train, val.take(2 * CURVE_IMAGES), pool, clean, tests, source, None, classes, test.size, notes
-    )
+    tests, val = {("target", 0): lambda: test}, val.take(2 * CURVE_IMAGES)
+    return DataSets(train, val, pool, clean, tests, source, None, classes, test.size, notes)
 
 
 def split_domain(labels: Tensor, originals: Tensor, proportion: float) -> tuple[Tensor, Tensor]:
@@ -750,11 +744,8 @@ def augmented_sets(
         images = strong_augmentation(common.to_float(images), draws, dataset)
         val = common.Images(common.to_uint8(images), labels, machine)
     tests = {key: partial(of.read, *key) for key in product(of.names, of.severities)}
-    source, about = (
-        f"{of.protocol}; policy trained on augmented images",
-        (found.classes, found.test.size, found.notes),
-    )
-    return DataSets(found.train, val, pool, found.train, tests, source, of, *about)
+    source, about = f"{of.protocol}; policy trained on augmented images", (found.classes, found.test.size)
+    return DataSets(found.train, val, pool, found.train, tests, source, of, *about, found.notes)
 
 
 def shortened(sets: DataSets) -> DataSets:
@@ -795,6 +786,7 @@ def load_chexpert(uncertain: str, machine: Machine, data_root: str, workers: int
     places = [Path(data_root) / name for name in ("CheXpert-v1.0-small", "CheXpert-v1.0", "chexpert", "")]
     root = next((place for place in places if (place / "train.csv").is_file()), places[0])
     values = {"1": 1.0, "0": 0.0, "": 0.0, "-1": {"ones": 1.0, "zeros": 0.0, "ignore": math.nan}[uncertain]}
+    advice = "get it from https://stanfordmlgroup.github.io/competitions/chexpert, and name --data-root"
     found = []
     for file in (root / "train.csv", root / "valid.csv"):
         try:
@@ -803,9 +795,6 @@ def load_chexpert(uncertain: str, machine: Machine, data_root: str, workers: int
             # Paths begin with the name of the published folder, whatever its name is here.
             files = [str(root / row["Path"].partition("/")[2]) for row in rows]
         except (OSError, LookupError, AttributeError, ValueError, csv.Error) as error:
-            advice = (
-                "get it from https://stanfordmlgroup.github.io/competitions/chexpert, and name --data-root"
-            )
             raise InputError(f"{file} is missing or damaged ({error!r}): {advice}") from error
         found.append(common.Pictures(files, torch.tensor(labels), machine, workers))
     return found
@@ -955,9 +944,8 @@ def print_results(results: dict, directory: Path) -> None:
         print(f"\n{'top-1 error (%)':24s}{'none':>12s}{'GrETTA':>12s}")
     for name, errors in results.get("corruptions", {}).items():
         print(f"{name:24s}{errors['none']:12.2f}{errors['gretta']:12.2f}")
-    print(
-        f"\n{results['protocol']}\n{results['queries']:,} queries, {results['wall_seconds']} s; {directory}"
-    )
+    print(f"\n{results['protocol']}\n{results['queries']:,} queries, {results['wall_seconds']} s", end="; ")
+    print(directory)
 
 
 if __name__ == "__main__":
