@@ -135,10 +135,8 @@ def project(images: Tensor, noise: Tensor, epsilon: float | Tensor) -> Tensor:
     if images.device.type == "cpu" and len(images) > rows:  # parts that stay in the cache: 3 times as fast
         return torch.cat([project(*part) for part in zip(*(x.split(rows) for x in (images, noise, epsilon)))])
     x, delta, target = images.flatten(1), noise.flatten(1).to(images.dtype), epsilon.square()  # (B, D), (B,)
-    with torch.no_grad():  # the largest |δᵢ| becomes 1, so that no square overflows
-        largest = torch.linalg.vector_norm(delta, math.inf, dim=1, keepdim=True)
-        scale = largest.clamp_min(torch.finfo(x.dtype).tiny).reciprocal()
-    delta = delta * scale
+    largest = torch.linalg.vector_norm(delta.detach(), math.inf, dim=1, keepdim=True)
+    delta = delta * largest.clamp_min(torch.finfo(x.dtype).tiny).reciprocal()  # no square overflows
     room = torch.where(delta > 0, 1 - x, x).square()
     with torch.no_grad():
         power = delta.square()
@@ -186,10 +184,10 @@ class NoiseGenerator(nn.Module):
             nn.init.zeros_(convolution.bias)
 
     def forward(self, z: Tensor) -> Tensor:  # (B, 3, H + 2·border, W + 2·border) → (B, 3, H, W)
-        x, cut = z, self.border
+        x = z
         for convolution in self.convolutions[:-1]:
             x = F.relu(convolution(x))
-        return self.convolutions[-1](x) + z[..., cut : z.shape[-2] - cut, cut : z.shape[-1] - cut]
+        return self.convolutions[-1](x) + F.pad(z, [-self.border] * 4)  # cuts the border off
 
     def inputs(self, count: int, images: Tensor, draws: Generator, machine: Machine) -> Tensor:
         """This rank's rows of z for noise on `count` images of such a size."""

@@ -22,19 +22,10 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
 
-def run_script(
-    *command: object, expect: int = 0, cwd: Path = ROOT, **environment: str
-) -> subprocess.CompletedProcess:
-    """Run `python COMMAND…` in the repository (or in `cwd`) as a user does, and return the finished
-    process."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env=os.environ | environment,
-    )
+def run_script(*command: object, expect: int = 0, cwd: Path = ROOT, **environment: str):
+    """Run `python COMMAND…` in the repository (or in `cwd`) as a user does; returns the finished process."""
+    how = {"capture_output": True, "text": True, "timeout": 900, "env": os.environ | environment}
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, **how)
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -70,9 +61,8 @@ def state_of(directory: Path) -> dict:
 
 
 def assert_equal_weights(first: dict, second: dict) -> None:
-    assert first.keys() == second.keys() and all(
-        torch.equal(value, second[key]) for key, value in first.items()
-    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 def contents(directory: Path) -> dict:
@@ -107,8 +97,7 @@ CONTENT = bytes(range(256)) * 20_000  # 5 MB
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves CONTENT as /file; under /broken the first answer ends after 2 MB; under /whole ranges are
-    ignored; each request's range is kept."""
+    """CONTENT as /file; /broken: the first answer ends after 2 MB; /whole: ranges are ignored; asked: kept."""
 
     asked: list = []
     archives: dict = {}  # further paths and their bytes
@@ -119,11 +108,8 @@ class Handler(BaseHTTPRequestHandler):
         Handler.asked.append((self.path, wanted))
         if self.path not in ("/file", "/broken", "/whole", *Handler.archives):
             return self.send_error(404)
-        start = (
-            int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if wanted and not self.path.startswith("/whole")
-            else 0
-        )
+        ranged = wanted and not self.path.startswith("/whole")
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if ranged else 0
         if start >= len(content):
             return self.send_error(416)
         self.send_response(206 if start else 200)
@@ -143,9 +129,8 @@ def address() -> Iterator[str]:
     """A server on this machine (Handler)."""
     Handler.asked = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(
-        target=server.serve_forever, args=(0.05,), daemon=True
-    ).start()  # looks that often (s) whether it should stop
+    serve = {"target": server.serve_forever, "args": (0.05,)}  # looks that often (s) whether it should stop
+    threading.Thread(**serve, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()

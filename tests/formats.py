@@ -87,9 +87,8 @@ def example_pictures(count: int, side: int, seed: int = 0) -> torch.Tensor:
         x = (grid - place[:, 0]) / (0.1 + 0.2 * place[:, 1])
         y = (grid[:, None] - place[:, 2]) / (0.1 + 0.2 * place[:, 3])
         inside = x**2 + y**2 < 1 if i % 2 else (x.abs() < 0.8) & (y.abs() < 0.8)
-        shade = (0.7 + 0.6 * (light[:, :1] - 0.5)) * (
-            1 - (i // 2 % 2) * 0.5 * ((2 * (x + y))[:, None] % 2 < 1)
-        )
+        stripes = (i // 2 % 2) * ((2 * (x + y))[:, None] % 2 < 1)
+        shade = (0.7 + 0.6 * (light[:, :1] - 0.5)) * (1 - 0.5 * stripes)
         pictures = torch.where(inside[:, None], place[:, 4:7] * shade, pictures)
     return pictures.clamp(0, 1)
 
@@ -116,23 +115,11 @@ def make_imagenet(root: Path, train: int = 6, test: int = 2, corrupted: int = 1,
 def make_chexpert(root: Path, patients: int = 40, valid: int = 12) -> None:
     """CheXpert-v1.0-small/{train,valid}.csv with its columns, two pictures a patient in train, one in valid;
     every kind of label occurs."""
-    columns = [
-        "No Finding",
-        "Enlarged Cardiomediastinum",
-        "Cardiomegaly",
-        "Lung Opacity",
-        "Lung Lesion",
-        "Edema",
-    ]
-    columns += [
-        "Consolidation",
-        "Pneumonia",
-        "Atelectasis",
-        "Pneumothorax",
-        "Pleural Effusion",
-        "Pleural Other",
-    ]
-    columns += ["Fracture", "Support Devices"]
+    columns = (
+        "No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,Edema,Consolidation"
+    )
+    columns += ",Pneumonia,Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,Fracture,Support Devices"
+    columns = columns.split(",")
     folder, draw = root / "CheXpert-v1.0-small", np.random.default_rng(0)
     for split, count, views in (("train", patients, 2), ("valid", valid, 1)):
         folder.mkdir(exist_ok=True, parents=True)

@@ -31,24 +31,12 @@ def views(images, policies=None, crop=0, cutout=0, M=3, seed=0):
     return advaa.augment(images, images, rows, *given).unflatten(0, (len(images), -1))
 
 
-def drawn_from(menu, count):
-    """Ops and signed values (count, M, 2) that views draw from a menu."""
-    with pytest.MonkeyPatch.context() as patch:
-        asked = []
-        patch.setattr(advaa, "apply_ops", lambda images, *what: asked.append(what[:2]) or images)
-        images, M = torch.zeros(count, 3, 1, 1, dtype=torch.uint8), len(menu[0])
-        advaa.augment(images, images, torch.arange(count), draws(count, M), menu, 0, 0)
-    return [torch.stack(part, -1).view(count, M, 2) for part in zip(*asked)]
-
-
-# ---------- Views ----------
-
-
-def test_each_view_draws_a_sub_policy_of_its_policy_and_its_own_signs():
-    policies = random_policies(M=3, Q=4)
+def test_each_view_draws_a_sub_policy_of_its_policy_and_its_own_signs(monkeypatch):
+    policies, asked = random_policies(M=3, Q=4), []
+    monkeypatch.setattr(advaa, "apply_ops", lambda images, *what: asked.append(what[:2]) or images)
     policies[0, 0] = torch.tensor([[OPS.index("Rotate"), 5], [OPS.index("ShearX"), 3]])
-    ops, values = drawn_from(advaa.menu_of("", policies, 3, "", 32), 4000)
-    assert ops.shape == values.shape == (4000, 3, 2)
+    views(torch.zeros(4000, 3, 1, 1, dtype=torch.uint8), policies)
+    ops, values = (torch.stack(part, -1).view(4000, 3, 2) for part in zip(*asked))  # values: signed
     for m, policy in enumerate(policies):
         strengths = advaa.op_values(policy[..., 0], policy[..., 1], torch.ones(4, 2))
         expected = [(*pair[:, 0].tolist(), *strength.tolist()) for pair, strength in zip(policy, strengths)]
@@ -79,13 +67,9 @@ def test_crop_flip_and_cutout_of_a_view():
     offsets, flips, holes = draws(200, 2)[..., 11:].split((2, 1, 2), dim=2)
     offsets, holes = (offsets * 9).long() - 4, (holes * 32).long()
     assert set(offsets.unique().tolist()) == {*range(-4, 5)} and set(holes.unique().tolist()) == {*range(32)}
-    for i in range(0, 200, 7):
-        (dx, dy), (x, y) = offsets[i, 1].tolist(), holes[i, 1].tolist()
-        padded = torch.nn.functional.pad(images[i], (4, 4, 4, 4))
-        expected = padded[:, 4 + dy : 36 + dy, 4 + dx : 36 + dx]
-        expected = expected.flip(2) if flips[i, 1, 0] < 0.5 else expected.clone()
-        expected[:, max(y - 8, 0) : y + 8, max(x - 8, 0) : x + 8] = 128
-        assert torch.equal(shown[i, 1], expected)
+    for m in range(2):
+        expected = advaa.crop_flip_cutout(images, offsets[:, m], flips[:, m, 0] < 0.5, holes[:, m], 16)
+        assert torch.equal(shown[:, m], expected)
 
 
 def test_baselines_are_torchvisions():
@@ -101,13 +85,9 @@ def test_baselines_are_torchvisions():
     for dataset, policy in {"cifar10": "CIFAR10", "digits": "SVHN", "folder": "IMAGENET"}.items():
         ops, shares, _ = advaa.menu_of("autoaugment", None, 2, dataset, 32)
         pairs = AutoAugment(AutoAugmentPolicy[policy]).policies
-        assert [[OPS[op] for op in pair] for pair in ops[1].tolist()] == [
-            [name for name, _, _ in p] for p in pairs
-        ]
+        names = [[name for name, _, _ in pair] for pair in pairs]
+        assert [[OPS[op] for op in pair] for pair in ops[1].tolist()] == names
         assert torch.equal(shares[1], torch.tensor([[share for _, share, _ in pair] for pair in pairs]))
-
-
-# ---------- Controller ----------
 
 
 def test_an_untrained_controller_chooses_nearly_uniformly_from_the_whole_space():
@@ -179,9 +159,6 @@ def test_the_controller_learns_which_operation_hurts(carry_hidden):
         advaa.reinforce_loss(log_probabilities, rewards, entropies, 1e-5).backward()
         optimizer.step()
     assert shares[0] < 0.2 and sum(shares[-5:]) / 5 > 0.4, shares  # uniform is 1/16
-
-
-# ---------- Policies on file, settings ----------
 
 
 def test_policies_survive_the_file_and_damage_is_named(tmp_path):

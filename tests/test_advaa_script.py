@@ -16,6 +16,9 @@ import common
 
 SMALL = "--eval-split val --num-train 30 --epochs 3 --batch-size 10 --M 3 --Q 2 --log-every 2 --seed 3"
 FAST = f"{SMALL} --controller-lr 0.05"  # policies change within three epochs
+KINDS = ["--policy trivial", "--policy none", "--policy autoaugment --cutout 8"]
+KINDS += ["--policy random --M 1 --model shake26_2x32d --lr-schedule step"]
+KINDS += ["--no-carry-hidden --amp --M 2 --Q 1 --model pyramid272"]
 MACHINE = common.Machine(torch.device("cpu"))
 
 
@@ -37,7 +40,6 @@ def error_of(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """One small run that several tests look at."""
     directory = tmp_path_factory.mktemp("runs") / "run"
     run_advaa(FAST, directory)
     return directory
@@ -107,17 +109,7 @@ def test_killed_in_the_middle_of_an_epoch_it_continues_as_if_never_stopped(run, 
     assert without_times(results_of(directory)) == without_times(results_of(run))
     for name in ("policies.jsonl", "log.jsonl"):
         assert lines_of(directory / name) == lines_of(run / name)
-    before = (directory / "checkpoint.pt").read_bytes()
-    assert "error (%)" in run_advaa("--resume", directory)
-    assert (directory / "checkpoint.pt").read_bytes() == before
-
-
-KINDS = [
-    "--policy random --M 1 --model shake26_2x32d --lr-schedule step",
-    "--policy trivial",
-    "--policy none",
-]
-KINDS += ["--policy autoaugment --cutout 8", "--no-carry-hidden --amp --M 2 --Q 1 --model pyramid272"]
+    assert "error (%)" in run_advaa("--resume", directory)  # it had finished
 
 
 @pytest.mark.parametrize("flags", KINDS)
@@ -145,7 +137,7 @@ def test_transfer_and_collapse(run, tmp_path):
 
 @pytest.mark.slow
 def test_several_processes_play_the_same_game(tmp_path):
-    """Policies, losses, models as of one process, to rounding; 10 images go to 3 ranks unevenly."""
+    """But for rounding, of which Adam makes parts of a step (1e-2); 10 images go to 3 ranks unevenly."""
     flags = "--num-train 20 --batch-size 10 --epochs 2 --M 2 --Q 2 --lr 1e-3 --cutout 8 --eval-split val"
     run_advaa(flags, tmp_path / "1")
     one, records = state_of(tmp_path / "1"), lines_of(tmp_path / "1" / "policies.jsonl")
@@ -157,10 +149,8 @@ def test_several_processes_play_the_same_game(tmp_path):
             assert record["policies"] == other["policies"]
             assert other["losses"] == pytest.approx(record["losses"], rel=1e-5)
         many = state_of(directory)
-        for key, value in one["classifier"].items():
-            torch.testing.assert_close(many["classifier"][key], value, rtol=1e-3, atol=5e-5)
-        for key, value in one["controller"].items():  # Adam turns rounding into parts of a step, 1e-2
-            assert (many["controller"][key] - value).abs().max() < 2e-2
+        torch.testing.assert_close(many["classifier"], one["classifier"], rtol=1e-3, atol=5e-5)
+        torch.testing.assert_close(many["controller"], one["controller"], rtol=0, atol=2e-2)
         assert results_of(directory)["top1_error"] == results_of(tmp_path / "1")["top1_error"]
 
 
@@ -178,9 +168,7 @@ def test_the_commands_of_the_source_and_mixed_precision(tmp_path):
 
 
 def test_cifar10_with_its_corrupted_and_perturbed_sets(tmp_path, monkeypatch):
-    monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)  # as published
-    load_meta = lambda self: setattr(self, "classes", [*map(str, range(10))])
-    monkeypatch.setattr("torchvision.datasets.CIFAR10._load_meta", load_meta)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # of made-up files
     data, directory = tmp_path / "data", tmp_path / "run"
     make_cifar(data, "cifar10", 200, 20, 20)
     make_perturbed(data, advaa.PERTURBATIONS)
@@ -200,9 +188,8 @@ def test_cifar10_with_its_corrupted_and_perturbed_sets(tmp_path, monkeypatch):
     for name in ("CIFAR-10-C", "CIFAR-10-P"):  # without them the clean figures remain, and notes
         shutil.rmtree(data / name)
     printed, results = run_advaa(f"{flags} --validation", tmp_path / "alone"), results_of(tmp_path / "alone")
-    assert results["corruptions"] == {} and results["best_on_validation"]
-    assert "flip_probability" not in results
-    assert "CIFAR-10-P is missing" in printed and "CIFAR-10-C is missing" in printed
+    assert all(f"CIFAR-10-{kind} is missing" in printed for kind in "CP") and results["best_on_validation"]
+    assert results["corruptions"] == {} and "flip_probability" not in results
 
 
 def test_imagenet_folders(tmp_path):
@@ -223,10 +210,8 @@ MISTAKES = {
     "--replay none.jsonl": ("none.jsonl",),
     "--num-train 1001": ("--num-train 1001", "1000"),
     "--model resnext999": ("resnext999",),
-    "--dataset imagenet --data-root nowhere": ("nowhere", "https://image-net.org"),
     "--dataset cifar10 --eval-split val": ("--validation",),
     "--evaluate": ("--weights",),
-    "--evaluate --weights w.pt": ("w.pt does not exist",),
 }
 
 

@@ -17,8 +17,7 @@ from scipy import ndimage, stats
 import common as C
 from common import CORRUPTIONS, SEVERITIES, InputError, corrupt
 
-RANDOM = ("gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "motion_blur")
-RANDOM += ("snow", "frost", "fog", "elastic_transform")
+FIXED = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")  # no draws
 LEVELS = (1, 2, 3, 4, 5)
 ROWS = [(table, severity) for table in (0, 1) for severity in LEVELS]  # CIFAR-10-C's constants, ImageNet-C's
 
@@ -30,10 +29,9 @@ def pictures(count=8, side=32, seed=0):
 
 def digits(count=64, side=32):
     """Sparse white strokes on black."""
-    generator = torch.Generator().manual_seed(0)
     grid, image = torch.arange(side) / side, torch.zeros(count, side, side)
     for _ in range(3):
-        ends = 0.2 + 0.6 * torch.rand(count, 4, 1, 1, generator=generator)
+        ends = 0.2 + 0.6 * torch.rand(count, 4, 1, 1)
         for t in torch.linspace(0, 1, 20):
             x, y = ends[:, 0] * t + ends[:, 1] * (1 - t), ends[:, 2] * t + ends[:, 3] * (1 - t)
             distance = ((grid - x) ** 2 + (grid[:, None] - y) ** 2).sqrt()
@@ -49,12 +47,11 @@ def keys(count):
     return C.scramble(torch.arange(count) + 12345)
 
 
-def to_pil(image):
-    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
-
-
-def from_pil(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+def through_pil(images, change, *how):
+    """A batch whose images were changed one by one, as 8-bit pictures of PIL's."""
+    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    changed = np.stack([change(Image.fromarray(image), *how) for image in pixels])
+    return torch.from_numpy(changed).permute(0, 3, 1, 2) / 255
 
 
 @pytest.mark.parametrize("shape", [(2, 28, 28), (5, 32, 32), (3, 40, 56), (2, 130, 97), (1, 224, 224)])
@@ -65,22 +62,20 @@ def test_contract(name, shape):
     before = images.clone()
     for severity in LEVELS:
         result = corrupt(images, name, severity, 0)
-        assert result.shape == images.shape and result.dtype == images.dtype
-        assert result.isfinite().all() and result.min() >= 0 and result.max() <= 1
-        assert torch.equal(result, corrupt(images, name, severity, 0))
+        assert result.shape == images.shape and 0 <= result.min() <= result.max() <= 1  # so no NaN either
         assert (name, severity) == ("glass_blur", 1) or not torch.equal(result, images)
     assert torch.equal(images, before)
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_other_types_flat_images_and_no_images(name):
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         result = corrupt(pictures(2).to(dtype), name, 3, 0)
-        assert result.dtype == dtype and result.min() >= 0 and result.max() <= 1
+        assert result.dtype == dtype and 0 <= result.min() <= result.max() <= 1
     flat = torch.tensor([0, 0.5, 1]).view(3, 1, 1, 1)
     for table, severity in ROWS:
         result = corrupt(flat.expand(3, 3, *[96 if table else 32] * 2), name, severity, 0)
-        assert result.isfinite().all() and result.min() >= 0 and result.max() <= 1
+        assert 0 <= result.min() <= result.max() <= 1
     if name != "defocus_blur":  # MKL's FFT refuses an empty batch
         assert corrupt(torch.zeros(0, 3, 32, 32), name, 1, 0).shape == (0, 3, 32, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -110,13 +105,11 @@ def test_batch_size_and_position_do_not_matter(name, side, count):
 def test_seed_and_content_choose_the_randomness(name):
     images = pictures(4)
     changed = (corrupt(images, name, 4, 0) != corrupt(images, name, 4, 1)).flatten(1).any(1)
-    assert changed.tolist() == [name in RANDOM] * 4
+    assert changed.tolist() == [name not in FIXED] * 4
     twins = images[:1].repeat(3, 1, 1, 1)
     twins[2, 0, 0, 0] = (twins[2, 0, 0, 0] * 255 + 1) % 256 / 255  # one pixel, one level
-    result = corrupt(twins, name, 4, 0)
-    assert torch.equal(result[0], result[1])
-    if name == "gaussian_noise":
-        assert (result[0] != result[2]).float().mean() > 0.9
+    one, same, other = corrupt(twins, name, 4, 0)
+    assert torch.equal(one, same) and (name != "gaussian_noise" or (one != other).float().mean() > 0.9)
 
 
 def test_uint8_images_are_corrupted_in_parts_and_rounded():
@@ -142,12 +135,7 @@ def test_errors_are_one_line():
         assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_tables_and_a_light_import():
-    assert len(CORRUPTIONS) == 15 and all(len(row) == 5 for pair in SEVERITIES.values() for row in pair)
-    for side, factor in ((64, 0.75), (65, 0.4)):  # the longer side decides
-        images = pictures(1, side)[..., :60, :]
-        means = images.mean((2, 3), keepdim=True)
-        torch.testing.assert_close(corrupt(images, "contrast", 1, 0), (images - means) * factor + means)
+def test_a_light_import():
     heavy = "{'kornia', 'matplotlib', 'scipy', 'torchvision', 'skimage'}"
     code = f"import sys, common; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -176,7 +164,7 @@ def test_distance_grows_with_severity(name):
         assert found[4] > 0 and falls <= {*NOT_GROWING.get((name, int(images.shape[3] > 64)), ())}, found
 
 
-def test_uniforms_and_normals():
+def test_uniforms_normals_and_keys():
     draws = C.uniforms(keys(40), 0, (3, 32, 32))
     assert draws.min() > 0 and draws.max() < 1
     assert stats.kstest(draws.flatten().numpy(), "uniform").pvalue > 1e-3
@@ -186,9 +174,6 @@ def test_uniforms_and_normals():
     flat = draws.flatten(1)
     for other in (flat.roll(1, 0), flat.roll(1, 1), flat.roll(1536, 1), C.uniforms(keys(40), 1, (3072,))):
         assert abs(np.corrcoef(flat.flatten(), other.flatten())[0, 1]) < 0.01
-
-
-def test_image_keys_do_not_collide():
     unit = torch.eye(3072).view(-1, 3, 32, 32) / 255
     images = torch.cat([torch.zeros(1, 3, 32, 32), unit, pictures(64)])
     found = C.image_keys(images, "a")
@@ -196,35 +181,23 @@ def test_image_keys_do_not_collide():
 
 
 @pytest.mark.parametrize("table, severity", ROWS)
-def test_noise_variances_at_mid_grey(table, severity):
+def test_gaussian_and_impulse_noise_at_mid_grey(table, severity):
     level, side = 128 / 255, 96 if table else 32
     images = torch.full((64, 3, side, side), level)
     images[:, 0, 0, 0] = torch.arange(64) / 255  # 64 different images
-
-    def inner(name):
-        return corrupt(images, name, severity, 0)[..., 1:, 1:].double().numpy().ravel()
-
+    inner = lambda name: corrupt(images, name, severity, 0)[..., 1:, 1:].double().numpy().ravel()
     x = np.linspace(-8, 8, 20001)
     y, w = np.clip(level + constants("gaussian_noise", table, severity) * x, 0, 1), stats.norm.pdf(x)
     deviation = math.sqrt((w * y**2).sum() / w.sum() - ((w * y).sum() / w.sum()) ** 2)  # of a clipped normal
     assert inner("gaussian_noise").std() == pytest.approx(deviation, rel=0.02)
     assert inner("gaussian_noise").mean() == pytest.approx(level, abs=0.005)
 
-    photons, counts = constants("shot_noise", table, severity), np.arange(2000)
-    clipped, weights = np.clip(counts / photons, 0, 1), stats.poisson.pmf(counts, photons * level)
-    mean = (weights * clipped).sum()
-    variance = (weights * (clipped - mean) ** 2).sum()
-    if photons >= 25:
-        assert variance == pytest.approx(level / photons, rel=0.01)  # as long as nothing clips
-    assert inner("shot_noise").mean() == pytest.approx(mean, abs=0.003)
-    assert inner("shot_noise").var() == pytest.approx(variance, rel=0.03)
-
     changed, fraction = inner("impulse_noise"), constants("impulse_noise", table, severity)
     assert (np.abs(changed - level) > 0.1).mean() == pytest.approx(fraction, rel=0.06)
     assert (changed == 0).sum() == pytest.approx((changed == 1).sum(), rel=0.15)
 
 
-@pytest.mark.parametrize("photons", [3, 25, 500])
+@pytest.mark.parametrize("photons", sum(SEVERITIES["shot_noise"], ()))
 @pytest.mark.parametrize("value", [0, 1, 30, 128, 255])
 def test_shot_noise_is_poisson(photons, value):
     drawn = C.shot_noise(torch.full((30, 3, 32, 32), value / 255), keys(30), photons).flatten().double()
@@ -285,8 +258,7 @@ def test_motion_blur_angles_differ_per_image():
     result = corrupt(images, "motion_blur", 5, 0)[:, 1].double()
     offsets = torch.arange(65) - 32.0
     right, down = (result * offsets).sum((1, 2)), (result * offsets[:, None]).sum((1, 2))
-    angles = np.rad2deg(torch.atan2(down, right).numpy())  # towards the left: a streak reads from the right
-    angles = (angles + 180 + 180) % 360 - 180
+    angles = np.rad2deg(torch.atan2(-down, -right).numpy())  # of the way back: a streak reads from the right
     assert np.abs(angles).max() < 48 and stats.kstest(angles, stats.uniform(-45, 90).cdf).pvalue > 1e-3
 
 
@@ -326,13 +298,6 @@ def test_glass_blur_is_the_published_loop(deviation, reach, rounds):
         assert (result[b] - expected).abs().max() < 1e-6
 
 
-def test_snow_only_adds_light():
-    images = pictures(16) * 0.5
-    for severity in LEVELS:
-        added = corrupt(images, "snow", severity, 0) - images
-        assert added.min() > -1e-6 and added.max() > 0.3
-
-
 PHOTOGRAPHS = (  # the published ice: mean R, G, B; percentiles 1, 10, 50, 90, 99; within a crop of 224 px
     # deviation and mean difference of pixels 1, 8 and 32 px apart; all of 255
     ((78, 149, 166), (37, 61, 145, 177, 196), (15, 7.3, 11.0, 13.5)),
@@ -345,11 +310,11 @@ PHOTOGRAPHS = (  # the published ice: mean R, G, B; percentiles 1, 10, 50, 90, 9
 
 def spread(ice: torch.Tensor, *steps: int) -> torch.Tensor:
     """Deviation within crops, and mean differences of pixels so far apart."""
-    found = [
-        (ice[..., k:] - ice[..., :-k]).abs().mean() + (ice[..., k:, :] - ice[..., :-k, :]).abs().mean()
-        for k in steps
-    ]
-    return torch.stack([ice.flatten(2).std(2).mean(), *(pair / 2 for pair in found)])
+    found = [ice.flatten(2).std(2).mean()]
+    for k in steps:
+        across, down = ice[..., k:] - ice[..., :-k], ice[..., k:, :] - ice[..., :-k, :]
+        found.append((across.abs().mean() + down.abs().mean()) / 2)
+    return torch.stack(found)
 
 
 def test_frost_is_a_blend_with_ice_that_has_the_photographs_statistics():
@@ -358,10 +323,8 @@ def test_frost_is_a_blend_with_ice_that_has_the_photographs_statistics():
     assert torch.allclose(textured, 0.45 * C.ice(keys(8), 32, 32, 0.2), atol=1e-6)
     kinds = (5 * C.uniforms(many, 0, (1,))).long()[:, 0]
     assert (kinds.bincount(minlength=5) - 80).abs().max() < 32  # four deviations: equal chances
-    ice, small = (
-        torch.cat([C.ice(part, side, side, scale) for part in many.split(50)]) * 255
-        for side, scale in ((224, 1.0), (32, 0.2))
-    )
+    sizes = (224, 224, 1.0), (32, 32, 0.2)  # as the photographs were, and shrunk
+    ice, small = (255 * torch.cat([C.ice(part, *size) for part in many.split(50)]) for size in sizes)
     shrunk = torch.nn.functional.avg_pool2d(ice[..., :220, :220], 5)[..., :32, :32]  # as for CIFAR-10-C
     for kind, (colour, percentiles, within) in enumerate(PHOTOGRAPHS):
         crops = ice[kinds == kind]
@@ -373,27 +336,25 @@ def test_frost_is_a_blend_with_ice_that_has_the_photographs_statistics():
         assert abs(ours.mean() - theirs.mean()) < 4
         assert (spread(ours, 1, 4) / spread(theirs, 1, 4) - 1).abs().max() < 0.3
     dark = torch.arange(60.0)[:, None, None, None].expand(60, 3, 224, 224) / 255
-    added = (corrupt(dark, "frost", 1, 0) - dark).mean()
-    assert 255 * added == pytest.approx(0.4 * 164, abs=6)
+    assert 255 * (corrupt(dark, "frost", 1, 0) - dark).mean() == pytest.approx(0.4 * 164, abs=6)
 
 
-def test_fog():
+def test_snow_only_adds_light_and_fog_brightens_within_the_brightest():
     dark = pictures(32) * 0.4
     for severity in LEVELS:
-        foggy = corrupt(dark, "fog", severity, 0)
-        assert foggy.mean() > dark.mean()  # it brightens dark images
-        assert (foggy.amax((1, 2, 3)) <= dark.amax((1, 2, 3)) + 1e-6).all()
-    rough = []
-    for decay in (3, 2, 1.5):
-        haze = C.plasma(keys(64), 64, decay)
+        snowy, foggy = (corrupt(dark, name, severity, 0) for name in ("snow", "fog"))
+        assert (snowy - dark).min() > -1e-6 and (snowy - dark).max() > 0.3
+        assert foggy.mean() > dark.mean() and (foggy.amax((1, 2, 3)) <= dark.amax((1, 2, 3)) + 1e-6).all()
+    hazes = [C.plasma(keys(64), 64, decay) for decay in (3, 2, 1.5)]
+    for haze in hazes:
         assert (haze.amin((1, 2)) == 0).all() and (haze.amax((1, 2)) == 1).all() and 0.35 < haze.mean() < 0.65
-        rough.append(haze.diff(dim=2).abs().mean().item())
-    assert rough[0] < rough[1] < rough[2]  # the decay smooths
+    smooth, middle, rough = (haze.diff(dim=2).abs().mean() for haze in hazes)
+    assert smooth < middle < rough
 
 
 @pytest.mark.parametrize("table, severity", ROWS)
 def test_brightness_and_contrast(table, severity):
-    image = pictures(1, 96 if table else 32)[0]
+    image = pictures(1, 65 if table else 64)[0, :, :60]  # the longer side decides on the table
     image[:, :4] = image[:1, :4]  # some greys
     image[:, 4:6] = 0  # and black
     shift, factor = (constants(name, table, severity) for name in ("brightness", "contrast"))
@@ -432,28 +393,27 @@ def test_elastic_transform_is_scipys(table, severity):
 
 @pytest.mark.parametrize("table, severity", ROWS)
 def test_pixelate_is_pils(table, severity):
-    factor = constants("pixelate", table, severity)
+    pixelated = lambda image, few, upwards: image.resize((few, few), Image.BOX).resize(image.size, upwards)
     for side in (96, 224) if table else (32, 64):
-        images = pictures(2, side)
-        for image, result in zip(images, corrupt(images, "pixelate", severity, 0)):
-            small = to_pil(image).resize((int(side * factor),) * 2, Image.BOX)
-            for resample in (Image.NEAREST, Image.BOX):  # the same upwards
-                expected = from_pil(small.resize((side, side), resample))
-                assert (result - expected).abs().max() < 1.01 / 255  # PIL rounds twice
+        images, few = pictures(2, side), int(side * constants("pixelate", table, severity))
+        result = corrupt(images, "pixelate", severity, 0)
+        for upwards in (Image.NEAREST, Image.BOX):  # the same
+            expected = through_pil(images, pixelated, few, upwards)
+            assert (result - expected).abs().max() < 1.01 / 255  # PIL rounds twice
 
 
 @pytest.mark.parametrize("quality", [80, 65, 58, 50, 40, 25, 18, 15, 10, 7])
 def test_jpeg_is_pils(quality):
+    def saved(image):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        return Image.open(buffer)
+
     for height, width in ((32, 32), (96, 96), (40, 56), (33, 47)):
-        images = pictures(8, max(height, width))
-        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-        for batch in (images, (images + 0.1 * noise).clamp(0, 1), digits(8, max(height, width))):
-            batch, expected = batch[..., :height, :width], []
-            for image in batch:
-                buffer = io.BytesIO()
-                to_pil(image).save(buffer, "JPEG", quality=quality)
-                expected.append(from_pil(Image.open(buffer)))
+        images, strokes = pictures(8, max(height, width)), digits(8, max(height, width))
+        for batch in (images, (images + 0.1 * torch.randn_like(images)).clamp(0, 1), strokes):
+            batch = batch[..., :height, :width]
             result = C.jpeg_compression(batch, None, quality).clamp(0, 1)
-            error = (result - torch.stack(expected)).abs() * 255
+            error = (result - through_pil(batch, saved)).abs() * 255
             # Where libjpeg's integer transform rounds a coefficient the other way, a block differs.
             assert error.mean() < 0.4 and (error > 8).float().mean() < 0.02
