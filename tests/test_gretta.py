@@ -19,32 +19,24 @@ def pictures(count: int = 4, side: int = 32) -> torch.Tensor:
     return F.interpolate(coarse, size=(side, side), mode="bilinear")
 
 
-def dot(x: int, y: int, side: int = 32) -> torch.Tensor:
-    image = torch.zeros(1, 3, side, side)
-    image[..., y, x] = 1
-    return image
-
-
-def levels_for(transform: str, **values: float) -> torch.Tensor:
-    """One row of levels: 0.5 but for the named transforms, given by their value (px, factor, …)."""
+def transform_by(image: torch.Tensor, transform: str, **values: float) -> torch.Tensor:
+    """At levels of 0.5 but for the named transforms, given by their value (px, factor, …)."""
     levels = torch.full((1, len(gretta.TRANSFORM_SETS[transform])), 0.5)
     for name, value in values.items():
         low, high = gretta.TRANSFORMS[name]
         levels[0, gretta.TRANSFORM_SETS[transform].index(name)] = (value - low) / (high - low)
-    return levels
+    return gretta.transform_images(image, levels, transform)
 
 
 def test_geometry_moves_by_pixels_and_zooms_about_the_centre_after_that():
     """A dot moves right and down; a bright square moved 4 px: centre and width are scaled, in x alone."""
+    dot, image, positions = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 64, 64), torch.arange(64) + 0.5
+    dot[..., 16, 16] = image[..., 22:42, 22:42] = 1
     for dx, dy in ((5, 0), (-7, 0), (0, 4), (0, -9), (3, -2)):
-        levels = levels_for("geometry", translate_x=dx, translate_y=dy)
-        moved = gretta.transform_images(dot(16, 16), levels, "geometry")
-        assert (moved - dot(16 + dx, 16 + dy)).abs().max() < 1e-3
-    image, positions = torch.zeros(1, 3, 64, 64), torch.arange(64) + 0.5
-    image[..., 22:42, 22:42] = 1
+        moved = transform_by(dot, "geometry", translate_x=dx, translate_y=dy)
+        assert (moved - dot.roll((dy, dx), (2, 3))).abs().max() < 1e-3
     for zoom in (0.7, 1.3):
-        levels = levels_for("geometry", translate_x=4, zoom_x=zoom)
-        found = gretta.transform_images(image, levels, "geometry")[0, 0]
+        found = transform_by(image, "geometry", translate_x=4, zoom_x=zoom)[0, 0]
         across, along = found.sum(0), found.sum(1)
         assert (across * positions).sum() / across.sum() == pytest.approx(32 + 4 * zoom, abs=0.2)
         assert (along * positions).sum() / along.sum() == pytest.approx(32, abs=1e-2)
@@ -54,29 +46,23 @@ def test_geometry_moves_by_pixels_and_zooms_about_the_centre_after_that():
 @pytest.mark.parametrize("value", [0.6, 0.8, 1.3])
 def test_colour_is_a_power_a_spread_about_the_mean_luma_and_a_turn_of_the_circle(value):
     """The last as colorsys has it; grey has no hue to turn."""
-    images, grey = pictures(1), torch.full((1, 3, 8, 8), 0.4)
-    powers = gretta.transform_images(images, levels_for("color", gamma=value), "color")
-    assert (powers - images**value).abs().max() < 1e-4
+    images, grey, pixel = pictures(1), torch.full((1, 3, 8, 8), 0.4), torch.tensor([0.8, 0.3, 0.1])
+    assert (transform_by(images, "color", gamma=value) - images**value).abs().max() < 1e-4
     mean = (images * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1).mean()
-    spread = gretta.transform_images(images, levels_for("color", contrast=value), "color")
-    assert (spread - (mean + value * (images - mean)).clamp(0, 1)).abs().max() < 1e-4
-    pixel, turn = (
-        torch.tensor([0.8, 0.3, 0.1]).view(1, 3, 1, 1).expand(1, 3, 8, 8),
-        levels_for("color", hue=0.9),
-    )
-    h, s, v = colorsys.rgb_to_hsv(0.8, 0.3, 0.1)
+    spread = (mean + value * (images - mean)).clamp(0, 1)
+    assert (transform_by(images, "color", contrast=value) - spread).abs().max() < 1e-4
+    h, s, v = colorsys.rgb_to_hsv(*pixel.tolist())
     expected = torch.tensor(colorsys.hsv_to_rgb((h + 0.9 / (2 * math.pi)) % 1, s, v))
-    assert (gretta.transform_images(pixel, turn, "color")[0, :, 0, 0] - expected).abs().max() < 1e-3
-    assert (gretta.transform_images(grey, turn, "color") - grey).abs().max() < 1e-4
+    turned = transform_by(pixel.view(1, 3, 1, 1).expand(1, 3, 8, 8), "color", hue=0.9)
+    assert (turned[0, :, 0, 0] - expected).abs().max() < 1e-3
+    assert (transform_by(grey, "color", hue=0.9) - grey).abs().max() < 1e-4
 
 
 def test_every_image_has_its_own_levels_of_which_one_half_is_the_identity():
     images = torch.cat([torch.zeros(1, 3, 33, 33), torch.ones(1, 3, 33, 33), pictures(3, 33)])
     total, levels = lambda v: gretta.transform_images(images, v, "full").sum((1, 2, 3)), torch.rand(5, 7)
-    together = gretta.transform_images(images, levels, "full")
-    for i in range(5):
-        alone = gretta.transform_images(images[[i]], levels[[i]], "full")
-        torch.testing.assert_close(together[[i]], alone)
+    alone = [gretta.transform_images(images[[i]], levels[[i]], "full") for i in range(5)]
+    torch.testing.assert_close(gretta.transform_images(images, levels, "full"), torch.cat(alone))
     for level in (0.0, 0.5, 1.0):  # black pixels and the ends too
         assert gretta.true_gradient(total, torch.full((5, 7), level)).isfinite().all()
     same = gretta.transform_images(images, torch.full((5, 7), 0.5), "full")
@@ -98,17 +84,14 @@ def test_gradient_in_the_levels_agrees_with_finite_differences(transform):
 
     gradient = gretta.true_gradient(value, levels)
     assert gradient.abs().min() > 0
-    for k in range(levels.shape[1]):
-        step = torch.zeros_like(levels)
-        step[:, k] = 1e-6
+    for k, step in enumerate(1e-6 * torch.eye(levels.shape[1]).double()):
         numeric = (value(levels + step) - value(levels - step)) / 2e-6
         torch.testing.assert_close(gradient[:, k], numeric, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("guided, beta, sigma", [(False, 1.0, 0.1), (False, 2.0, 0.4), (True, 1.0, 0.1)])
 def test_estimators_are_unbiased_up_to_their_covariance(guided, beta, sigma):
-    """On a quadratic the expectation is β/n, or β·(α/n·I + (1−α)·q·qᵀ), times the true gradient; an image's
-    estimate does not change with the losses of the others."""
+    """On a quadratic: β/n, or β·(α/n·I + (1−α)·q·qᵀ), times the true gradient; each image by itself."""
     root, (levels, centres) = torch.randn(4, 4).double(), torch.rand(2, 3, 4).double()
     curvature = root @ root.T
     gradient = (levels - centres) @ curvature
@@ -117,8 +100,7 @@ def test_estimators_are_unbiased_up_to_their_covariance(guided, beta, sigma):
         centred = rows - centres.repeat(len(rows) // 3, 1)
         return 0.5 * torch.einsum("ri,ij,rj->r", centred, curvature, centred)
 
-    student, alpha = torch.randn(3, 4, dtype=torch.float64), 0.3
-    others = torch.tensor([1.0, 50, -3]).repeat(10)
+    student, alpha, scales = torch.randn(3, 4).double(), 0.3, torch.tensor([1.0, 50, -3]).double()
 
     def estimate(loss, noise: torch.Tensor) -> torch.Tensor:
         if guided:
@@ -131,18 +113,16 @@ def test_estimators_are_unbiased_up_to_their_covariance(guided, beta, sigma):
     along = alpha / 4 * gradient + (1 - alpha) * q * (q * gradient).sum(1, keepdim=True)
     expected = beta * (along if guided else gradient / 4)
     assert ((draws.mean(0) - expected) / (draws.std(0) / math.sqrt(len(draws)))).abs().max() < 3.5
-    scaled = estimate(lambda rows: others * loss(rows), parts[0])
-    torch.testing.assert_close(scaled, torch.tensor([[1.0], [50], [-3]]).double() * draws[0])
+    scaled = estimate(lambda rows: scales.repeat(10) * loss(rows), parts[0])
+    torch.testing.assert_close(scaled, scales[:, None] * draws[0])
 
 
 @pytest.mark.parametrize("num_samples", [2, 4, 12, 13])
 def test_orthogonal_perturbations(num_samples):
-    """Of norm √K, orthogonal within blocks of K; each is as likely in any direction, so ES stays unbiased; on a
-    linear loss K of them give the gradient exactly."""
+    """Of norm √K, in blocks of K; any direction is as likely; K give a linear loss's gradient exactly."""
     noise = torch.randn(num_samples, 5000, 5, dtype=torch.float64)
-    found = gretta.orthogonal_blocks(noise)
-    z = found[..., :-1]
-    assert torch.equal(found[..., -1], noise[..., -1])
+    z, last = gretta.orthogonal_blocks(noise).split([4, 1], dim=2)
+    assert torch.equal(last, noise[..., 4:])
     for block in z.split(4):
         products = torch.einsum("pbk,qbk->bpq", block, block)
         torch.testing.assert_close(products, 4 * torch.eye(len(block)).double().expand_as(products))
@@ -222,22 +202,19 @@ def test_crops_are_corners_centre_and_their_mirror_images():
 
 def test_predictors_are_what_their_names_say():
     """On one batch, so that its order does not matter; with two steps, and of a single image."""
-    classifier = common.build_model("resnext", 10, "digits")
-    common.load_weights(classifier, common.WEIGHTS / "digits-resnext.pt").eval()
+    classifier = common.build_model("resnext", 10, "digits").eval()
+    common.load_weights(classifier, common.WEIGHTS / "digits-resnext.pt")
     policy = gretta.Policy("resnet18", 4, False, "zero").eval()
     torch.nn.init.constant_(policy.backbone.fc.bias, 0.6)
     images, labels, _ = common.modified_digits("val", variants=1)
-    data, moved = common.Images(images, labels, MACHINE), [common.to_float(images)]
+    data, shown = common.Images(images, labels, MACHINE), common.to_float(images)
     found = gretta.evaluate_predictors(classifier, policy, data, "geometry", 2, MACHINE)
-    levels = torch.full((len(images), 4), 0.6)
+    move = lambda images: gretta.transform_images(images, torch.full((len(images), 4), 0.6), "geometry")
     with torch.no_grad():
-        for _ in range(2):
-            moved.append(gretta.transform_images(moved[-1], levels, "geometry"))
-        scores = {name: classifier(moved[step]) for step, name in enumerate(("none", "gretta_1", "gretta"))}
-        del scores["gretta_1"]  # of two steps the last counts
-        scores |= {"bn_adapt": gretta.adapt_batch_norm(classifier)(moved[0])}
+        scores = {"none": classifier(shown), "gretta": classifier(move(move(shown)))}
+        scores["bn_adapt"] = gretta.adapt_batch_norm(classifier)(shown)
         for name, flips in (("five_crop", False), ("ten_crop", True)):
-            scores[name] = sum(classifier(crop).softmax(1) for crop in gretta.crops(moved[0], flips))
+            scores[name] = sum(classifier(crop).softmax(1) for crop in gretta.crops(shown, flips))
     assert len(labels) < 200 and scores.keys() == found.keys()
     for name, value in scores.items():
         accuracy = 100 * (value.argmax(1) == labels).double().mean().item()

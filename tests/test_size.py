@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 # What they take now: they may shrink, to 36, 42, 32 and 105 KB, but not grow
-BYTES = {"gretta.py": 54_500, "advaa.py": 40_500, "game_of_noise.py": 40_000, "common.py": 148_000}
+BYTES = {"gretta.py": 54_300, "advaa.py": 40_500, "game_of_noise.py": 39_500, "common.py": 147_700}
 BLOCKS = (ast.For, ast.While, ast.If, ast.With, ast.Try)
 
 
@@ -29,7 +29,7 @@ def test_budgets(name):
 
 
 def test_tests_and_front_page():
-    assert sum(len(file.read_text().splitlines()) for file in (ROOT / "tests").glob("*.py")) <= 4950
+    assert sum(len(file.read_text().splitlines()) for file in (ROOT / "tests").glob("*.py")) <= 4600
     readme = (ROOT / "README.md").read_text()
     assert len(readme.encode()) <= 14_000 and len(readme.splitlines()) <= 220
     assert all(len(page.read_text().splitlines()) <= 350 for page in (ROOT / "docs").glob("*.md"))
