@@ -724,8 +724,6 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int) -> Tensor:
     severity, its own 8-bit pixels): the batch around it changes nothing. Raises InputError for an unknown
     name or severity, or another shape.
     """
-    functions = (gaussian_noise, shot_noise, impulse_noise, defocus_blur, glass_blur, motion_blur, zoom_blur)
-    functions += (snow, frost, fog, brightness, contrast, elastic_transform, pixelate, jpeg_compression)
     if name not in CORRUPTIONS:
         raise InputError(f"unknown corruption {name!r}; choose from {', '.join(CORRUPTIONS)}")
     if severity not in (1, 2, 3, 4, 5):
@@ -736,7 +734,8 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int) -> Tensor:
     constants = constants if isinstance(constants, tuple) else (constants,)
     pixels = images.float().contiguous()
     keys = image_keys(pixels, f"{name} {int(severity)} {int(seed)}")
-    return functions[CORRUPTIONS.index(name)](pixels, keys, *constants).clamp(0, 1).to(images.dtype)
+    function = globals()[name]  # one of those below
+    return function(pixels, keys, *constants).clamp(0, 1).to(images.dtype)
 
 
 def corrupt_uint8(images: Tensor, name: str, severity: int, seed: int) -> Tensor:
@@ -1952,7 +1951,8 @@ def distribute(model: nn.Module, machine: Machine) -> nn.Module:
         for module in model.modules():  # torch's SyncBatchNorm takes no CPU tensors
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = GlobalBatchNorm2d
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    with warnings_off():  # torch 2.14 renames broadcast_buffers, which older ones need
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
@@ -2142,6 +2142,8 @@ def run_script(main: Callable[[], None]) -> None:
         if dist.is_initialized():  # ranks leave together: one that left may abort one that works
             with contextlib.suppress(RuntimeError):
                 dist.barrier()
+            sys.stdout.flush()
+            os._exit(0)  # Python's own way out ends, now and then, in an abort by one of gloo's threads
     except (InputError, OSError) as error:  # an OSError names the file and what the system said
         close_bars()
         sys.stderr.write(f"{script}: error: {one_line(str(error))}\n")
@@ -2339,10 +2341,9 @@ class Run:
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
         if Stop.deferred:
-            shown = (name for name in numbers if name not in ("lr", "queries", "epoch"))
-            self.bar.set_postfix_str(
-                ", ".join(f"{name} {numbers[name]:.3g}" for name in shown), refresh=False
-            )
+            kept = (name for name in numbers if name not in ("lr", "queries", "epoch"))
+            shown = ", ".join(f"{name} {numbers[name]:.3g}" for name in kept)
+            self.bar.set_postfix_str(shown, refresh=False)
 
     def finish(self, results: dict) -> dict:
         """Write results.json with the keys that every script has, and return it. A run that is evaluated

@@ -17,8 +17,8 @@ both see the same machine. Seconds are medians over these rounds, warm-up left o
     start       --help against `import torch`; the first training step after the command against 8 s
 
 The limit's precision (float32, or bfloat16 autocast), layout (channels_last or not) and, for the classifier's
-forward pass, number of images at a time are the fastest of those tried here. Peak memory is the process's (CPU)
-or what torch allocated (GPU).
+forward pass, number of images at a time are the fastest of those tried here. Peak memory is that of the process
+so far (CPU), or of what torch allocated in a case (GPU).
 """
 
 import contextlib
@@ -72,11 +72,9 @@ class Timer:
     """Alternates rounds of a script's steps with rounds of the limit; a hook after every optimiser step of
     one class."""
 
-    def __init__(
-        self, optimizer: type, limit: Work, device: torch.device, steps: int, rounds: int, warm_up: int
-    ):
+    def __init__(self, optimizer: type, limit: Work, device: torch.device, *counts: int):
         self.optimizer, self.limit, self.device = optimizer, limit, device
-        self.steps, self.rounds, self.warm_up = steps, rounds, warm_up
+        self.steps, self.rounds, self.warm_up = counts
         self.seen, self.ours, self.limits, self.memory, self.busy = 0, [], [], 0.0, False
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -116,19 +114,10 @@ def seconds_of(work: Work, device: torch.device, times: int = 1) -> float:
 def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):  # Linux alone
-            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Of what torch allocated on a GPU; of the process, since the last reset, on a CPU (Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    with contextlib.suppress(OSError):
-        found = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-        return int(found.split()[1]) / 1024
-    return float("nan")
+    return common.peak_memory_mb(common.Machine(device))
 
 
 # ---------- Limits ----------
@@ -303,11 +292,8 @@ SCRIPTS = ("gretta", "advaa", "game_of_noise")
 def script_flags(case: Case) -> str:
     dataset = "digits" if case.dataset == "digits" else "fake"
     data = f"--dataset {dataset} --model {case.model} --batch-size {case.batch}"
-    own = {
-        "gretta": f"--num-samples {case.factor}",
-        "advaa": f"--M {case.factor}",
-        "game_of_noise": "--fresh-iterations 1",
-    }
+    own = {"gretta": f"--num-samples {case.factor}", "advaa": f"--M {case.factor}"}
+    own["game_of_noise"] = "--fresh-iterations 1"
     return f"{data} {own[case.script]} --epochs 1000 {case.flags}"
 
 
@@ -316,9 +302,8 @@ def cases_of(device: torch.device, quick: bool) -> dict[str, Case]:
     for flags in ("", "--compile") if cuda else ():
         gretta = Case("gretta", flags, "wideresnet", 100, 32, "cifar100", 256, 12)
         cases[f"gretta vanilla, wideresnet {flags}"] = gretta
-        cases[f"advaa M=8, WRN-28-10 {flags}"] = Case(
-            "advaa", flags, "wresnet28_10", 10, 32, "cifar10", 128, 8
-        )
+        advaa = Case("advaa", flags, "wresnet28_10", 10, 32, "cifar10", 128, 8)
+        cases[f"advaa M=8, WRN-28-10 {flags}"] = advaa
         cases[f"ANT, ResNet-50 {flags}"] = Case("game_of_noise", flags, "resnet50", 1000, 224, "imagenet", 70)
     few, several = (4, 16) if quick else (16, 64)
     for model in ("wideresnet", "resnext") if not cuda else ():
@@ -445,9 +430,8 @@ def start_up(device: torch.device, quick: bool) -> dict[str, dict]:
 
     for script in SCRIPTS:
         pair = lambda: (seconds(f"{script}.py", "--help"), seconds("-c", "import torch"))  # noqa: B023
-        ours, least = (
-            statistics.median(column) for column in zip(*(pair() for _ in range(2 if quick else 5)))
-        )
+        rounds = [pair() for _ in range(2 if quick else 5)]
+        ours, least = (statistics.median(column) for column in zip(*rounds))
         figures[f"start, {script} --help"] = figures_of(ours, least, "import torch")
     for script in SCRIPTS:
         with tempfile.TemporaryDirectory() as directory:
@@ -485,9 +469,7 @@ def main() -> None:
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
     add("--quick", action="store_true", help="fewer cases and repeats")
-    add(
-        "--json", metavar="FILE", help="write the figures as JSON, {case: {seconds, limit_seconds, ratio, …}}"
-    )
+    add("--json", metavar="FILE", help="write the figures as JSON, {case: {seconds, limit_seconds, …}}")
     add("--only", metavar="WORD", default="", help="cases whose names hold this word")
     args = parser.parse_args()
     device = common.start_machine(args.device).device

@@ -270,13 +270,6 @@ def test_a_second_signal_does_not_wait_nor_one_outside_of_training(deferred, sig
 # ---------- Machine ----------
 
 
-@pytest.mark.parametrize("size, world_size", [(10, 1), (10, 3), (2, 3), (7, 4)])
-def test_ranks_share_out_every_row_once(size, world_size):
-    rows = torch.arange(size)
-    parts = [CPU._replace(rank=rank, world_size=world_size).own_rows(rows) for rank in range(world_size)]
-    assert torch.equal(torch.cat(parts), rows) and max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
 def test_neighbouring_seeds_and_steps_give_unrelated_streams():
     pairs = [(seed, step) for seed in range(6) for step in range(6)]
     draws = {pair: torch.randn(1000, generator=CPU.generator(*pair)) for pair in pairs}
