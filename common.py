@@ -1951,7 +1951,7 @@ def distribute(model: nn.Module, machine: Machine) -> nn.Module:
         for module in model.modules():  # torch's SyncBatchNorm takes no CPU tensors
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = GlobalBatchNorm2d
-    with warnings_off():  # torch 2.14 renames broadcast_buffers, which older ones need
+    with warnings_off():  # torch 2.14 renames the argument
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
@@ -2142,23 +2142,28 @@ def run_script(main: Callable[[], None]) -> None:
         if dist.is_initialized():  # ranks leave together: one that left may abort one that works
             with contextlib.suppress(RuntimeError):
                 dist.barrier()
-            sys.stdout.flush()
-            os._exit(0)  # Python's own way out ends, now and then, in an abort by one of gloo's threads
+            leave(0)
     except (InputError, OSError) as error:  # an OSError names the file and what the system said
         close_bars()
         sys.stderr.write(f"{script}: error: {one_line(str(error))}\n")
-        sys.exit(2)
+        leave(2) if dist.is_initialized() else sys.exit(2)
     except Interrupted as stopped:
         close_bars()
         signum = stopped.args[0]
         again = f"; continue with --resume --run-dir {Stop.directory}" if Stop.directory else ""
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"{script}: stopped by {signal.Signals(signum).name}{again}\n")
-        sys.stderr.flush()
-        os._exit(128 + signum)  # other ranks may be in the middle of anything: nobody waits for them
-    finally:
+        leave(128 + signum)
+    finally:  # with a traceback
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def leave(code: int) -> None:
+    """End at once: others may be busy, and a thread of gloo's may abort Python's own way out."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def close_bars() -> None:

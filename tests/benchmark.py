@@ -72,9 +72,11 @@ class Timer:
     """Alternates rounds of a script's steps with rounds of the limit; a hook after every optimiser step of
     one class."""
 
-    def __init__(self, optimizer: type, limit: Work, device: torch.device, *counts: int):
+    def __init__(
+        self, optimizer: type, limit: Work, device: torch.device, steps: int, rounds: int, warm_up: int
+    ):
         self.optimizer, self.limit, self.device = optimizer, limit, device
-        self.steps, self.rounds, self.warm_up = counts
+        self.steps, self.rounds, self.warm_up = steps, rounds, warm_up
         self.seen, self.ours, self.limits, self.memory, self.busy = 0, [], [], 0.0, False
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -292,8 +294,11 @@ SCRIPTS = ("gretta", "advaa", "game_of_noise")
 def script_flags(case: Case) -> str:
     dataset = "digits" if case.dataset == "digits" else "fake"
     data = f"--dataset {dataset} --model {case.model} --batch-size {case.batch}"
-    own = {"gretta": f"--num-samples {case.factor}", "advaa": f"--M {case.factor}"}
-    own["game_of_noise"] = "--fresh-iterations 1"
+    own = {
+        "gretta": f"--num-samples {case.factor}",
+        "advaa": f"--M {case.factor}",
+        "game_of_noise": "--fresh-iterations 1",
+    }
     return f"{data} {own[case.script]} --epochs 1000 {case.flags}"
 
 
@@ -469,7 +474,9 @@ def main() -> None:
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
     add("--quick", action="store_true", help="fewer cases and repeats")
-    add("--json", metavar="FILE", help="write the figures as JSON, {case: {seconds, limit_seconds, …}}")
+    add(
+        "--json", metavar="FILE", help="write the figures as JSON, {case: {seconds, limit_seconds, ratio, …}}"
+    )
     add("--only", metavar="WORD", default="", help="cases whose names hold this word")
     args = parser.parse_args()
     device = common.start_machine(args.device).device

@@ -172,7 +172,8 @@ def layouts(state: dict) -> dict[str, dict]:
     hyper = OrderedDict(width=4, schedule=np.arange(3.0), kind=np.dtype("f4"))
     return {
         "bare": state,
-        "nested": {"weights": {"model": prefixed("resnet."), "optimizer": optimizer}, "epoch": 3},
+        "nested": {"optimizer": {"scale": {"x": torch.zeros(3)}}, "state_dict_ema": several}
+        | {"weights": {"optimizer": optimizer, "model": prefixed("resnet.")}, "epoch": 3},
         "pytorch-cifar": {"net": prefixed("module."), "acc": step, "epoch": 3},
         "torchvision": {"model": state, "optimizer": optimizer, "epoch": 3, "args": args}
         | {"model_ema": {"n_averaged": torch.tensor(3)} | {f"module.{key}": several[key] for key in several}},
@@ -195,6 +196,7 @@ def test_checkpoints_of_other_training_code(kind, zipped, tmp_path):
     origin = common.load_best_state(model, file)
     assert_equal_weights(model.state_dict(), saved)
     several = {"timm": " (state_dict, not state_dict_ema)", "torchvision": " (model, not model_ema)"}
+    several["nested"] = " (weights.model, not state_dict_ema)"
     assert origin == f"{file}{several.get(kind, '')}"
 
 
